@@ -1,0 +1,28 @@
+"""What a user can cause, told in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the text is one line that names the cure."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run an entry point; a UserError becomes one line on stderr and exit code 2.
+
+    Under torchrun every rank tends to hit the same mistake. The first local rank
+    speaks at once and the others wait, so that torchrun has ended them before they
+    repeat the line; a mistake that only a later rank hits is still told.
+    """
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            time.sleep(2)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

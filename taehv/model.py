@@ -1,0 +1,524 @@
+"""TAEHV, the tiny video autoencoder (madebyollin/taehv), in all published variants."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taehv.errors import UserError
+from taehv.variants import (
+    CHUNK_DROPPED_LATENTS,
+    CHUNK_FRAMES,
+    CHUNK_LEAD_FRAMES,
+    VARIANTS,
+    Variant,
+)
+from taehv.weights import check_variant, identify, load_state_dict_file
+
+IMAGE_CHANNELS = 3
+ENCODER_WIDTH = 64
+DECODER_WIDTHS = {
+    "base": (256, 128, 64, 64),
+    "super": (512, 256, 128, 64),
+    "wide": (1024, 512, 256, 64),
+}
+WIDE_GROUP_CHANNELS = 64
+
+
+def conv3x3(
+    in_channels: int,
+    out_channels: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = True,
+) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size, up to its stride."""
+    return nn.Conv2d(
+        in_channels, out_channels, 3, stride, padding=1, groups=groups, bias=bias
+    )
+
+
+class Clamp(nn.Module):
+    """Soft limit of latents to (-3, 3)."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return torch.tanh(x_BCHW / 3) * 3
+
+
+class MemoryBlock(nn.Module):
+    """Residual block over a frame and the frame before it; keeps the shape."""
+
+    def __init__(self, conv: nn.Sequential, act: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.act = act
+
+    def forward(self, x_BCHW: Tensor, past_BCHW: Tensor) -> Tensor:
+        residual_BCHW = self.conv(torch.cat([x_BCHW, past_BCHW], 1))
+        return self.act(residual_BCHW + x_BCHW)
+
+
+class MemBlock(MemoryBlock):
+    """The block of the encoder and of the base decoder: three 3x3 convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        conv = nn.Sequential(
+            conv3x3(2 * channels, channels),
+            nn.ReLU(),
+            conv3x3(channels, channels),
+            nn.ReLU(),
+            conv3x3(channels, channels),
+        )
+        super().__init__(conv, nn.ReLU())
+
+
+class SuperMemBlock(MemoryBlock):
+    """The block of the super decoder: 7x7 depthwise, then an inverted bottleneck."""
+
+    def __init__(self, channels: int) -> None:
+        both = 2 * channels
+        conv = nn.Sequential(
+            nn.Conv2d(both, both, 7, padding=3, groups=both, bias=False),
+            nn.Conv2d(both, 2 * both, 1),
+            nn.ReLU(),
+            nn.Conv2d(2 * both, channels, 1, bias=False),
+        )
+        super().__init__(conv, nn.Identity())
+
+
+class WideMemBlock(MemoryBlock):
+    """The block of the wide decoder: pointwise and grouped 3x3 in turn."""
+
+    def __init__(self, channels: int) -> None:
+        groups = channels // WIDE_GROUP_CHANNELS
+        conv = nn.Sequential(
+            nn.Conv2d(2 * channels, channels, 1),
+            nn.ReLU(),
+            conv3x3(channels, channels, groups=groups),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+            nn.ReLU(),
+            conv3x3(channels, channels, groups=groups),
+        )
+        super().__init__(conv, nn.ReLU())
+
+
+DECODER_BLOCKS = {"base": MemBlock, "super": SuperMemBlock, "wide": WideMemBlock}
+
+
+class TPool(nn.Module):
+    """Merge each `stride` frames in turn into one."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(stride * channels, channels, 1, bias=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        _, C, H, W = x_BCHW.shape
+        return self.conv(x_BCHW.reshape(-1, self.stride * C, H, W))
+
+
+class TGrow(nn.Module):
+    """Split each frame into `stride` frames in turn."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(channels, stride * channels, 1, bias=False)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        _, C, H, W = x_BCHW.shape
+        return self.conv(x_BCHW).reshape(-1, C, H, W)
+
+
+class FrameMemory:
+    """What the blocks of a VideoSequential remember from one call to the next.
+
+    It belongs to one video. It is a class, and no list or dict, so that whatever maps
+    over a module's inputs (FSDP2 does, to cast them) passes on the object itself.
+    """
+
+    def __init__(self) -> None:
+        self._frames_N1CHW: dict[int, Tensor] = {}
+        self._waiting_NTCHW: dict[int, Tensor] = {}
+
+    def exchange(self, block: int, x_NTCHW: Tensor) -> Tensor | None:
+        """The frame before `x_NTCHW`, None at the start; keeps its last frame."""
+        previous_N1CHW = self._frames_N1CHW.get(block)
+        # A view would keep all the frames alive.
+        self._frames_N1CHW[block] = x_NTCHW[:, -1:].clone()
+        return previous_N1CHW
+
+    def whole_groups(self, block: int, x_NTCHW: Tensor, stride: int) -> Tensor:
+        """The waiting frames and `x_NTCHW`, less a remainder that waits for more."""
+        if block in self._waiting_NTCHW:
+            x_NTCHW = torch.cat([self._waiting_NTCHW[block], x_NTCHW], 1)
+        whole = x_NTCHW.shape[1] // stride * stride
+        self._waiting_NTCHW[block] = x_NTCHW[:, whole:]
+        return x_NTCHW[:, :whole]
+
+
+def previous_frames(x_NTCHW: Tensor, first_N1CHW: Tensor | None = None) -> Tensor:
+    """Shift by one frame; `first_N1CHW`, or zeros, comes in at the start."""
+    if first_N1CHW is None:
+        first_N1CHW = torch.zeros_like(x_NTCHW[:, :1])
+    return torch.cat([first_N1CHW, x_NTCHW[:, :-1]], 1)
+
+
+class VideoSequential(nn.Sequential):
+    """Blocks applied to whole videos; every frame of a call is computed at once.
+
+    Calling it, and not its blocks, is what lets FSDP2's hooks fire and torch.compile
+    see one graph.
+    """
+
+    def forward(self, x_NTCHW: Tensor, memory: FrameMemory | None = None) -> Tensor:
+        """Run the blocks.
+
+        Args:
+            x_NTCHW: the frames; without a memory, T must be a multiple of the product
+                of the TPool strides.
+            memory: makes the call continue the video of the calls before it, and is
+                updated. Then T may be anything, and the result may have no frames.
+
+        Returns:
+            N T' C' H' W' frames.
+        """
+        N = x_NTCHW.shape[0]
+        for index, block in enumerate(self):
+            if memory is not None and isinstance(block, TPool):
+                x_NTCHW = memory.whole_groups(index, x_NTCHW, block.stride)
+                if x_NTCHW.shape[1] == 0:
+                    return x_NTCHW
+            inputs_BCHW = [x_NTCHW.flatten(0, 1)]
+            if isinstance(block, MemoryBlock):
+                past_NTCHW = previous_frames(
+                    x_NTCHW, memory and memory.exchange(index, x_NTCHW)
+                )
+                inputs_BCHW.append(past_NTCHW.flatten(0, 1))
+            x_NTCHW = block(*inputs_BCHW).unflatten(0, (N, -1))
+        return x_NTCHW
+
+
+def build_encoder(variant: Variant) -> VideoSequential:
+    """Frames, patches folded into channels, to latents."""
+    width = ENCODER_WIDTH
+    blocks = [conv3x3(IMAGE_CHANNELS * variant.patch_size**2, width), nn.ReLU()]
+    for pools in variant.time_stages:
+        blocks += [
+            TPool(width, 2 if pools else 1),
+            conv3x3(width, width, stride=2, bias=False),
+            *(MemBlock(width) for _ in range(3)),
+        ]
+    return VideoSequential(*blocks, conv3x3(width, variant.latent_channels))
+
+
+def build_decoder(
+    variant: Variant, time_upscale: Sequence[bool], space_upscale: Sequence[bool]
+) -> VideoSequential:
+    """Latents to frames with patches folded into channels."""
+    is_super = variant.decoder == "super"
+    block, stage = DECODER_BLOCKS[variant.decoder], _super_stage if is_super else _stage
+    widths = DECODER_WIDTHS[variant.decoder]
+    if is_super:
+        blocks = [nn.Conv2d(variant.latent_channels, widths[0], 1, bias=False)]
+    else:
+        blocks = [Clamp(), conv3x3(variant.latent_channels, widths[0]), nn.ReLU()]
+    for i in range(3):
+        blocks += [block(widths[i]) for _ in range(3)]
+        scales = 2 if space_upscale[i] else 1, 2 if time_upscale[i] else 1
+        blocks += stage(widths[i], widths[i + 1], *scales)
+    if not is_super:
+        blocks.append(nn.ReLU())
+    out_channels = IMAGE_CHANNELS * variant.patch_size**2
+    return VideoSequential(*blocks, conv3x3(widths[3], out_channels))
+
+
+def _stage(n_in: int, n_out: int, space: int, time: int) -> list[nn.Module]:
+    return [
+        nn.Upsample(scale_factor=space),
+        TGrow(n_in, time),
+        conv3x3(n_in, n_out, bias=False),
+    ]
+
+
+def _super_stage(n_in: int, n_out: int, space: int, time: int) -> list[nn.Module]:
+    return [
+        conv3x3(n_in, n_out * space**2),
+        nn.ReLU(),
+        nn.PixelShuffle(space),
+        TGrow(n_out, time),
+    ]
+
+
+@torch.no_grad()
+def init_blocks(blocks: Iterable[nn.Module], generator: torch.Generator | None) -> None:
+    """New weights that keep the mean square of activations, block after block.
+
+    A convolution has He's gain where a ReLU takes its output, else 1 (He et al. 2015,
+    arXiv:1502.01852). Memory blocks begin as their skip connection, their last
+    convolution being zero, and the frames that a TGrow makes begin as copies.
+    """
+    blocks = list(blocks)
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if isinstance(block, nn.Conv2d):
+            rectifier = getattr(following, "act", following)
+            gain = math.sqrt(2) if isinstance(rectifier, nn.ReLU) else 1.0
+            _init_conv(block, gain, generator)
+        elif isinstance(block, MemoryBlock):
+            init_blocks(block.conv, generator)
+            nn.init.zeros_(block.conv[-1].weight)
+        elif isinstance(block, TPool | TGrow):
+            _init_conv(block.conv, 1.0, generator)
+        if isinstance(block, TGrow):
+            frames = block.conv.weight.unflatten(0, (block.stride, -1))
+            frames[1:] = frames[:1]
+
+
+def _init_conv(conv: nn.Conv2d, gain: float, generator: torch.Generator | None) -> None:
+    fan_in = conv.weight[0].numel()
+    nn.init.normal_(conv.weight, 0, gain / math.sqrt(fan_in), generator)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
+class TAEHV(nn.Module):
+    """A tiny video autoencoder with the published `state_dict`.
+
+    Args:
+        variant: a key of `VARIANTS`.
+        decoder_time_upscale: which of the decoder's three stages double the frame
+            rate, None for all that the variant has; two values leave the first stage
+            off. Fewer give a cheaper preview with fewer frames.
+        decoder_space_upscale: the same for height and width, which all stages double
+            by default. Fewer give a smaller preview.
+
+    Raises:
+        UserError: if there is no such variant or the switches do not fit it.
+    """
+
+    def __init__(
+        self,
+        variant: str = "taehv",
+        *,
+        decoder_time_upscale: Sequence[bool] | None = None,
+        decoder_space_upscale: Sequence[bool] | None = None,
+    ) -> None:
+        super().__init__()
+        check_variant(variant)
+        self.variant_name = variant
+        self.variant = VARIANTS[variant]
+        stages = self.variant.time_stages[::-1]
+        time = _switches("decoder_time_upscale", decoder_time_upscale, stages)
+        space = _switches("decoder_space_upscale", decoder_space_upscale, (True,) * 3)
+        self.time_upscale = 2 ** sum(time)
+        self.encoder = build_encoder(self.variant)
+        self.decoder = build_decoder(self.variant, time, space)
+        self.init_weights()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        variant: str | None = None,
+        *,
+        decoder_time_upscale: Sequence[bool] | None = None,
+        decoder_space_upscale: Sequence[bool] | None = None,
+    ) -> TAEHV:
+        """Load a published or exported `.pth` or `.safetensors` file, in float32.
+
+        Args:
+            path: the file.
+            variant: needed where neither shapes nor metadata tell the variant.
+            decoder_time_upscale: see `TAEHV`.
+            decoder_space_upscale: see `TAEHV`.
+
+        Raises:
+            UserError: if the file is unusable or its variant unclear.
+        """
+        state_dict, metadata = load_state_dict_file(path)
+        try:
+            variant = identify(state_dict, metadata, variant)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        model = cls(
+            variant,
+            decoder_time_upscale=decoder_time_upscale,
+            decoder_space_upscale=decoder_space_upscale,
+        )
+        model._cut_grow_weights(state_dict)
+        _check_shapes(path, state_dict, model)
+        model.load_state_dict(state_dict)
+        return model
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw new weights in place.
+
+        Latents of natural frames begin with an RMS near 1, and decoded frames as grey.
+        """
+        init_blocks(self.encoder, generator)
+        init_blocks(self.decoder, generator)
+        # Natural frames have an RMS near 0.5.
+        self.encoder[0].weight.mul_(2)
+        self.decoder[-1].weight.mul_(0.1)
+        self.decoder[-1].bias.fill_(0.5)
+
+    def _cut_grow_weights(self, state_dict: dict[str, Tensor]) -> None:
+        """Keep the last output channels where a preview grows fewer frames."""
+        for index, block in enumerate(self.decoder):
+            key = f"decoder.{index}.conv.weight"
+            if isinstance(block, TGrow) and key in state_dict:
+                state_dict[key] = state_dict[key][-block.conv.out_channels :]
+
+    def encode_video(self, frames_NTCHW: Tensor, parallel: bool = True) -> Tensor:
+        """Encode videos.
+
+        Args:
+            frames_NTCHW: RGB in [0, 1]; any T, the end being padded by repeating the
+                last frame; H and W multiples of `variant.space_factor`.
+            parallel: compute all frames at once; else one by one, in memory that does
+                not grow with T.
+
+        Returns:
+            Latents of N, `variant.latents_of(T)`, `variant.latent_channels`, and H
+            and W divided by `variant.space_factor`; about unit Gaussian if trained.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
+        self.check_frames(frames_NTCHW)
+        if self.variant.trim == "chunks":
+            return self._encode_chunks(frames_NTCHW, parallel)
+        frames_NTCHW = pad_frames(frames_NTCHW, self.variant.time_factor)
+        x_NTCHW = self.fold_patches(frames_NTCHW)
+        return run_blocks(self.encoder, x_NTCHW, parallel)
+
+    def _encode_chunks(self, frames_NTCHW: Tensor, parallel: bool) -> Tensor:
+        frames_NTCHW = pad_frames(frames_NTCHW, CHUNK_FRAMES)
+        x_NTCHW = self.fold_patches(frames_NTCHW)
+        chunks = [
+            F.pad(chunk_NTCHW, (0, 0, 0, 0, 0, 0, CHUNK_LEAD_FRAMES, 0))
+            for chunk_NTCHW in x_NTCHW.split(CHUNK_FRAMES, 1)
+        ]
+        if parallel:
+            latents = self.encoder(torch.cat(chunks)).chunk(len(chunks))
+        else:
+            latents = [run_blocks(self.encoder, chunk, False) for chunk in chunks]
+        return torch.cat(latents, 1)[:, :-CHUNK_DROPPED_LATENTS]
+
+    def decode_video(
+        self, latents_NTCHW: Tensor, parallel: bool = True, clamp: bool = True
+    ) -> Tensor:
+        """Decode videos.
+
+        Args:
+            latents_NTCHW: latents, about unit Gaussian.
+            parallel: compute all frames at once; else one latent after the other, in
+                memory that does not grow with T but for the result.
+            clamp: limit the result to [0, 1]. Train without: a clamp passes no
+                gradient where it saturates.
+
+        Returns:
+            RGB frames of N, `variant.frames_of(T)`, 3, and height and width of the
+            latents times `variant.space_factor`, unless preview switches are set.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
+        self.check_latents(latents_NTCHW)
+        runs = self.variant.kept_frames(latents_NTCHW.shape[1], self.time_upscale)
+        x_NTCHW = run_blocks(self.decoder, latents_NTCHW, parallel)
+        parts = [x_NTCHW[:, run] for run in runs]
+        x_NTCHW = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        frames_NTCHW = self.unfold_patches(x_NTCHW)
+        return frames_NTCHW.clamp(0, 1) if clamp else frames_NTCHW
+
+    def fold_patches(self, frames_NTCHW: Tensor) -> Tensor:
+        """Frames to the encoder's input: squares of pixels become channels."""
+        if self.variant.patch_size == 1:
+            return frames_NTCHW  # pixel_unshuffle would copy
+        return F.pixel_unshuffle(frames_NTCHW, self.variant.patch_size)
+
+    def unfold_patches(self, x_NTCHW: Tensor) -> Tensor:
+        """The decoder's output to frames: the inverse of `fold_patches`."""
+        if self.variant.patch_size == 1:
+            return x_NTCHW
+        return F.pixel_shuffle(x_NTCHW, self.variant.patch_size)
+
+    def check_frames(self, frames_NTCHW: Tensor) -> None:
+        """Raise UserError unless `encode_video` can take the frames."""
+        _check_video("frames", frames_NTCHW, IMAGE_CHANNELS)
+        factor = self.variant.space_factor
+        H, W = frames_NTCHW.shape[-2:]
+        if H % factor or W % factor:
+            raise UserError(
+                f"frames are {H} x {W}; crop or pad height and width to multiples of "
+                f"{factor} for {self.variant_name}"
+            )
+
+    def check_latents(self, latents_NTCHW: Tensor) -> None:
+        """Raise UserError unless `decode_video` can take the latents."""
+        _check_video("latents", latents_NTCHW, self.variant.latent_channels)
+
+
+def pad_frames(frames_NTCHW: Tensor, multiple: int) -> Tensor:
+    """Repeat the last frame until T is a multiple."""
+    missing = -frames_NTCHW.shape[1] % multiple
+    last_NTCHW = frames_NTCHW[:, -1:].expand(-1, missing, -1, -1, -1)
+    return torch.cat([frames_NTCHW, last_NTCHW], 1) if missing else frames_NTCHW
+
+
+def run_blocks(blocks: VideoSequential, x_NTCHW: Tensor, parallel: bool) -> Tensor:
+    """Run blocks over a video, at once or frame by frame."""
+    if parallel:
+        return blocks(x_NTCHW)
+    memory = FrameMemory()
+    results = [blocks(x_N1CHW, memory) for x_N1CHW in x_NTCHW.split(1, 1)]
+    return torch.cat([result for result in results if result.shape[1]], 1)
+
+
+def _switches(
+    name: str, switches: Sequence[bool] | None, stages: tuple[bool, ...]
+) -> tuple[bool, ...]:
+    """The upscalings that a preview uses, `stages` being those of the variant."""
+    if switches is None:
+        return stages
+    padded = (False,) * (len(stages) - len(switches)) + tuple(switches)
+    if len(padded) != len(stages) or any(
+        on and not able for on, able in zip(padded, stages, strict=True)
+    ):
+        raise UserError(f"{name} is {tuple(switches)}; switch off some of {stages}")
+    return padded
+
+
+def _check_shapes(
+    path: str | os.PathLike[str], state_dict: dict[str, Tensor], model: TAEHV
+) -> None:
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    given = {key: value.shape for key, value in state_dict.items()}
+    wrong = sorted(dict(own.items() ^ given.items()))
+    if wrong:
+        raise UserError(
+            f"{path}: {wrong[0]!r} is missing, superfluous or of the wrong shape for "
+            f"{model.variant_name}; give a file with exactly the published keys"
+        )
+
+
+def _check_video(name: str, x_NTCHW: Tensor, channels: int) -> None:
+    shape = tuple(x_NTCHW.shape)
+    if x_NTCHW.ndim != 5 or x_NTCHW.shape[2] != channels or x_NTCHW.shape[1] == 0:
+        raise UserError(
+            f"{name} have shape {shape}; pass N T C H W with C = {channels} and T >= 1"
+        )
+    if not x_NTCHW.is_floating_point():
+        raise UserError(
+            f"{name} are {x_NTCHW.dtype}; pass floating point, frames divided by 255"
+        )

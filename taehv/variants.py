@@ -1,0 +1,130 @@
+"""The published TAEHV variants and how each aligns frames with latents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+# MiniMax-H3 codes 17 frames, led by 3 black ones, into 5 latents, and drops the
+# last 3 latents of a video (FL2VA/video_vae/klvae.py in MiniMaxAI/MiniMax-H3).
+CHUNK_FRAMES = 17
+CHUNK_LEAD_FRAMES = 3
+CHUNK_LATENTS = 5
+CHUNK_DROPPED_LATENTS = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One member of the family: its shape and its alignment of frames and latents.
+
+    The decoder turns every latent into `upscale` raw frames, `upscale` being the time
+    factor unless a preview switch lowers it, and `trim` says which raw frames of a
+    video are returned:
+
+    - "causal": all but the first `upscale - 1`, so that latent 0 gives frame 0 alone
+      and latent i ends at frame `i * time_factor`.
+    - "parity" (CogVideoX): all of an even number of latents, else as "causal".
+    - "chunks" (MiniMax-H3): all but the first `upscale - 1` of each 5 latents' frames
+      and, in the last such group, those of its last 3 latents.
+
+    Source: madebyollin/taehv, `decode_video` and `_decode_h3_video`.
+    """
+
+    latent_channels: int
+    latent_space: str
+    patch_size: int = 1
+    decoder: Literal["base", "super", "wide"] = "base"
+    time_stages: tuple[bool, bool, bool] = (True, True, False)
+    """Which encoder stages halve the frame rate; the decoder mirrors them."""
+    trim: Literal["causal", "parity", "chunks"] = "causal"
+
+    @property
+    def time_factor(self) -> int:
+        """Frames a latent."""
+        return 2 ** sum(self.time_stages)
+
+    @property
+    def space_factor(self) -> int:
+        """Pixels a latent, in height and in width."""
+        return 8 * self.patch_size
+
+    def latents_of(self, frames: int) -> int:
+        """Count of latents that encoding `frames` frames gives."""
+        if self.trim == "chunks":
+            chunks = math.ceil(frames / CHUNK_FRAMES)
+            return chunks * CHUNK_LATENTS - CHUNK_DROPPED_LATENTS
+        return math.ceil(frames / self.time_factor)
+
+    def is_trimmed(self, frame: int, latents: int, upscale: int | None = None) -> bool:
+        """Whether raw decoder frame `frame` is a lead-in that is never returned.
+
+        `latents` is the video's count of latents; only its parity matters, and that
+        for "parity" alone.
+        """
+        upscale = upscale or self.time_factor
+        if self.trim == "parity" and latents % 2 == 0:
+            return False
+        if self.trim == "chunks":
+            frame %= CHUNK_LATENTS * upscale
+        return frame < upscale - 1
+
+    def is_held_back(
+        self, frame: int, latents: int, upscale: int | None = None
+    ) -> bool:
+        """Whether raw frame `frame` is returned only if more than `latents` follow."""
+        if self.trim != "chunks":
+            return False
+        last_group = (latents - 1) // CHUNK_LATENTS * CHUNK_LATENTS
+        shown_latents = last_group + CHUNK_LATENTS - CHUNK_DROPPED_LATENTS
+        return frame >= shown_latents * (upscale or self.time_factor)
+
+    def kept_frames(self, latents: int, upscale: int | None = None) -> list[slice]:
+        """Runs of raw decoder frames that decoding `latents` latents returns.
+
+        The published MiniMax-H3 code also returns up to four black frames where the
+        count of latents is 1 modulo 5; these are left out here.
+        """
+        upscale = upscale or self.time_factor
+        kept = [
+            not self.is_trimmed(frame, latents, upscale)
+            and not self.is_held_back(frame, latents, upscale)
+            for frame in range(latents * upscale)
+        ]
+        before, after = [False, *kept], [*kept, False]
+        edges = [i for i in range(len(after)) if before[i] != after[i]]
+        return [
+            slice(start, stop)
+            for start, stop in zip(edges[::2], edges[1::2], strict=True)
+        ]
+
+    def frames_of(self, latents: int, upscale: int | None = None) -> int:
+        """Count of frames that decoding `latents` latents returns."""
+        runs = self.kept_frames(latents, upscale)
+        return sum(run.stop - run.start for run in runs)
+
+    def target_frames(self, frames: int) -> int:
+        """How many leading input frames the decoded frames are compared with.
+
+        Of `frames` frames encoded and decoded, output frame i is to equal input
+        frame i for every i below this count.
+        """
+        return min(self.frames_of(self.latents_of(frames)), frames)
+
+
+_LTX = {"patch_size": 4, "time_stages": (True, True, True)}
+
+VARIANTS: dict[str, Variant] = {
+    "taehv": Variant(16, "HunyuanVideo"),
+    "taecvx": Variant(16, "CogVideoX", trim="parity"),
+    "taew2_1": Variant(16, "Wan 2.1"),
+    "taew2_2": Variant(48, "Wan 2.2", patch_size=2),
+    "taew2_2_super": Variant(48, "Wan 2.2", patch_size=2, decoder="super"),
+    "taehv1_5": Variant(32, "HunyuanVideo 1.5", patch_size=2),
+    "taehv1_5_super": Variant(32, "HunyuanVideo 1.5", patch_size=2, decoder="super"),
+    "taeltx_2": Variant(128, "LTX-2", **_LTX),
+    "taeltx2_3": Variant(128, "LTX-2.3", **_LTX),
+    "taeltx2_3_wide": Variant(128, "LTX-2.3", decoder="wide", **_LTX),
+    "taeos1_3": Variant(16, "Open-Sora 1.3"),
+    "taeh3": Variant(24, "MiniMax-H3", patch_size=2, trim="chunks"),
+}
