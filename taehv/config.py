@@ -1,0 +1,568 @@
+"""Settings: one dataclass a section, from TOML and dotted command-line overrides.
+
+Precedence is command line over TOML over default. The text under a field is its help.
+Every mistake is a UserError of one line, raised before any process group starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import json
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union
+
+import tomli
+
+from taehv.errors import UserError, run_command
+from taehv.variants import VARIANTS
+
+
+@dataclass
+class Job:
+    name: str = "taehv"
+    """Name of the run; everything it writes lies in OUTPUT_DIR/NAME."""
+    output_dir: str = "outputs"
+    """Folder that holds the runs."""
+
+    @property
+    def folder(self) -> Path:
+        """Where this run lives."""
+        return Path(self.output_dir).expanduser() / self.name
+
+
+@dataclass
+class Model:
+    variant: str = "taehv"
+    """Which TAEHV: its architecture and latent space (see README for the list)."""
+    checkpoint: str = ""
+    """Weights to start from (.pth or .safetensors); empty starts from new weights."""
+
+
+@dataclass
+class Teacher:
+    kind: str = ""
+    """Reference VAE that defines the latent space, as "package.module:Class"; empty
+    trains a plain autoencoder with a latent space of its own."""
+    path: str = ""
+    """What the teacher is loaded from: a folder or a hub id, handed to its class."""
+
+
+@dataclass
+class Data:
+    root: str = ""
+    """Folder of videos, searched recursively; relative paths start here."""
+    annotations: str = ""
+    """Optional list of the videos to use: annotation .json, or .txt with a path a
+    line; empty takes every video under root."""
+    holdout: list[str] = field(default_factory=list)
+    """Files kept for validation, as patterns on the path relative to root
+    (["test/*", "a.mp4"]); empty keeps holdout_fraction."""
+    holdout_fraction: float = 0.05
+    """Share of the files kept for validation, chosen by a hash of the path."""
+    frames: int = 13
+    """Length of a training clip, in frames."""
+    height: int = 128
+    """Height of a training clip, in pixels."""
+    width: int = 128
+    """Width of a training clip, in pixels."""
+    stride: list[int] = field(default_factory=lambda: [1, 3])
+    """Smallest and largest step between two frames of a clip, in source frames."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])
+    """Smallest and largest side of a random crop, as a share of the largest crop
+    that fits into the frame; it is resized to height x width."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Strength of the random brightness, contrast, saturation and hue of a clip;
+    0 is off, 0.2 is mild."""
+    crops_per_window: int = 1
+    """Random crops taken from one decoded window; more are cheaper but less diverse.
+    Must divide the batch of one process."""
+    workers: int = -1
+    """Decoding processes of each rank; -1 chooses from the CPU cores, 0 decodes in
+    the training process."""
+    prefetch: int = 2
+    """Batches that each worker prepares ahead."""
+
+
+@dataclass
+class Training:
+    steps: int = 10_000
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Seed of the new weights and of every random draw of the data."""
+    global_batch_size: int = 16
+    """Clips in one optimizer step, over all processes."""
+    local_batch_size: int = 0
+    """Clips that one process takes at a time; gradients are accumulated up to the
+    global batch. 0 takes global_batch_size / processes at once."""
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """Number format of the network's arithmetic (weights stay fp32, or fp64). auto:
+    bf16 on GPUs and CPUs that have it, else fp32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; auto takes the GPUs when there are any."""
+    max_bad_steps: int = 20
+    """Steps in a row with a loss or gradient that is not finite after which the run
+    stops; each such step is skipped."""
+
+
+@dataclass
+class Optim:
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of AdamW's averages of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises linearly from zero."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate from the end of the warm-up to the last step."""
+    final_lr_scale: float = 0.0
+    """Learning rate at the last step, as a share of lr (linear and cosine)."""
+    max_grad_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it; 0 is off."""
+    ema_decay: float = 0.999
+    """Decay a step of the averaged weights, which are validated and exported; it
+    rises from 0 in the first steps as (1 + step) / (10 + step)."""
+
+
+@dataclass
+class Loss:
+    reconstruction: Literal["mse", "l1", "charbonnier"] = "mse"
+    """Distance between decoded frames, not clamped, and the true ones."""
+    reconstruction_weight: float = 1.0
+    """Weight of the reconstruction loss."""
+    latent_weight: float = 1.0
+    """Weight of the mean squared error to the teacher's latents; unused without a
+    teacher."""
+    latent_scale_weight: float = 0.001
+    """Weight of the pull of each clip's latents towards unit mean square; used only
+    without a teacher."""
+
+
+@dataclass
+class Parallelism:
+    mode: Literal["replicate", "fsdp", "hsdp"] = "replicate"
+    """replicate: every process holds the model (fastest for one this small); fsdp:
+    weights, gradients and optimizer are sharded over all processes; hsdp: sharded
+    over shard_size processes, replicated over the rest."""
+    shard_size: int = 0
+    """Processes that share one copy of the model; only for hsdp."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer in the CPU's memory."""
+
+
+@dataclass
+class Compile:
+    enable: bool | Literal["auto"] = "auto"
+    """Compile encoder and decoder with torch.compile; auto: on GPUs only."""
+
+
+@dataclass
+class Checkpoint:
+    interval: int = 500
+    """Steps between two checkpoints; the last step always has one."""
+    keep: int = 3
+    """How many of the newest checkpoints to keep; 0 keeps all."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint in the run's folder, if any."""
+
+
+@dataclass
+class Validation:
+    interval: int = 500
+    """Steps between two validations; the first and last step always have one."""
+    clips: int = 16
+    """Fixed clips from the held-out files; 0 is off."""
+
+
+@dataclass
+class Logging:
+    interval: int = 10
+    """Steps between two points in TensorBoard, and between two lines of progress
+    where the output is no terminal."""
+
+
+@dataclass
+class Config:
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    teacher: Teacher = field(default_factory=Teacher)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optim: Optim = field(default_factory=Optim)
+    loss: Loss = field(default_factory=Loss)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    compile: Compile = field(default_factory=Compile)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    logging: Logging = field(default_factory=Logging)
+
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "data.holdout_fraction": (0, 1),
+    "data.frames": (1, math.inf),
+    "data.height": (1, math.inf),
+    "data.width": (1, math.inf),
+    "data.flip": (0, 1),
+    "data.color_jitter": (0, 1),
+    "data.crops_per_window": (1, math.inf),
+    "data.workers": (-1, math.inf),
+    "data.prefetch": (1, math.inf),
+    "training.steps": (1, math.inf),
+    "training.seed": (0, 2**63 - 1),
+    "training.global_batch_size": (1, math.inf),
+    "training.local_batch_size": (0, math.inf),
+    "training.max_bad_steps": (1, math.inf),
+    "optim.lr": (0, math.inf),
+    "optim.eps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "optim.warmup_steps": (0, math.inf),
+    "optim.final_lr_scale": (0, 1),
+    "optim.max_grad_norm": (0, math.inf),
+    "optim.ema_decay": (0, 1),
+    "loss.reconstruction_weight": (0, math.inf),
+    "loss.latent_weight": (0, math.inf),
+    "loss.latent_scale_weight": (0, math.inf),
+    "parallelism.shard_size": (0, math.inf),
+    "checkpoint.interval": (1, math.inf),
+    "checkpoint.keep": (0, math.inf),
+    "validation.interval": (1, math.inf),
+    "validation.clips": (0, math.inf),
+    "logging.interval": (1, math.inf),
+}
+"""Smallest and largest value of the settings that are single numbers."""
+
+
+def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
+    """Merge defaults, the TOML file after --config and the overrides, and check them.
+
+    Args:
+        argv: command line without the program's name.
+        world_size: processes of the run; by default torchrun's WORLD_SIZE, else 1.
+
+    Raises:
+        UserError: anything a user got wrong, in one line that names the cure.
+    """
+    arguments = _parser().parse_args(_expanded(argv))
+    config = Config()
+    if arguments.config:
+        _merge(config, _read_toml(Path(arguments.config)), arguments.config)
+    overrides = {k: v for k, v in vars(arguments).items() if "." in k and v is not None}
+    for key, text in overrides.items():
+        _set(config, key, _value_of(text, _types(config)[key]), "the command line")
+    check_config(config, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the merged settings as TOML that --config takes back."""
+    lines = []
+    for name, section in asdict(config).items():
+        lines.append(f"[{name}]")
+        lines += [
+            f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in section.items()
+        ]
+        lines.append("")
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def check_config(config: Config, world_size: int) -> None:
+    """Reject settings that cannot work together, before anything starts."""
+    for key, (low, high) in LIMITS.items():
+        value = _get(config, key)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"{key} = {value} must be {bounds}")
+    if not config.job.name or Path(config.job.name).is_absolute():
+        raise UserError(f"job.name = {config.job.name!r} must be a folder's name")
+    _check_variant(config)
+    _check_ranges(config)
+    _check_batch(config, world_size)
+    _check_mesh(config.parallelism, world_size)
+
+
+def _check_variant(config: Config) -> None:
+    name = config.model.variant
+    if name not in VARIANTS:
+        raise UserError(
+            f"model.variant = {name!r} is unknown{_nearest(name, VARIANTS)}"
+        )
+    space = VARIANTS[name].space_factor
+    for key in ("height", "width"):
+        size = getattr(config.data, key)
+        if size % space:
+            legal = " or ".join(
+                str(s) for s in (size // space * space, -(-size // space) * space) if s
+            )
+            raise UserError(
+                f"data.{key} = {size} must be a multiple of {space}, the space factor "
+                f"of {name}: take {legal}"
+            )
+
+
+def _check_ranges(config: Config) -> None:
+    for key, low in (("data.stride", 1), ("data.crop_scale", 0.01)):
+        value = _get(config, key)
+        top = 1 if key == "data.crop_scale" else math.inf
+        if len(value) != 2 or not low <= value[0] <= value[1] <= top:
+            raise UserError(
+                f"{key} = {value} must be two numbers, smallest and largest, "
+                f"from {low}" + (" to 1" if top == 1 else "")
+            )
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optim.betas = {betas} must be two numbers from 0 to below 1")
+
+
+def _check_batch(config: Config, world_size: int) -> None:
+    batch, local = config.training.global_batch_size, config.training.local_batch_size
+    if batch % world_size:
+        raise UserError(
+            f"training.global_batch_size = {batch} must be a multiple of the "
+            f"{world_size} processes: take {-(-batch // world_size) * world_size}"
+        )
+    share = batch // world_size
+    if local and share % local:
+        raise UserError(
+            f"training.local_batch_size = {local} must divide the {share} clips that "
+            f"each of {world_size} processes has of global_batch_size = {batch}"
+        )
+    crops = config.data.crops_per_window
+    if (local or share) % crops:
+        raise UserError(
+            f"data.crops_per_window = {crops} must divide the {local or share} clips "
+            "that a process takes at a time"
+        )
+
+
+def _check_mesh(parallelism: Parallelism, world_size: int) -> None:
+    size = parallelism.shard_size
+    if parallelism.mode != "hsdp":
+        if size:
+            raise UserError(
+                f"parallelism.shard_size = {size} is for mode hsdp; leave it at 0 for "
+                f"{parallelism.mode}"
+            )
+    elif size < 1 or world_size % size:
+        divisors = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        raise UserError(
+            f"parallelism.shard_size = {size} must divide the {world_size} processes "
+            f"in mode hsdp: take one of {', '.join(divisors)}"
+        )
+
+
+# --- reading -----------------------------------------------------------------------
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path} is not a text file in UTF-8") from None
+    except tomli.TOMLDecodeError as error:
+        raise UserError(f"--config {path} is not valid TOML: {error}") from None
+
+
+def _merge(config: Config, tree: dict[str, Any], source: str) -> None:
+    known = _types(config)
+    sections = {key.split(".")[0] for key in known}
+    for section, values in tree.items():
+        if section not in sections:
+            near = _nearest(section, sections)
+            raise UserError(f"{source}: unknown section [{section}]{near}")
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: {section} is a section: write [{section}]")
+        for name, value in values.items():
+            _set(config, f"{section}.{name}", value, source)
+
+
+def _set(config: Config, key: str, value: Any, source: str) -> None:
+    known = _types(config)
+    if key not in known:
+        raise UserError(f"{source}: unknown setting {key}{_nearest(key, known)}")
+    section, name = key.split(".")
+    fitted = _fitted(value, known[key])
+    if fitted is None:
+        default = json.dumps(_get(Config(), key))
+        raise UserError(
+            f"{source}: {key} = {json.dumps(value, default=str)} must be "
+            f"{_type_name(known[key])} (the default is {default})"
+        )
+    setattr(getattr(config, section), name, fitted)
+
+
+def _get(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not match:  # a key under the wrong section
+        last = name.split(".")[-1]
+        match = [key for key in known if key.split(".")[-1] == last]
+    return f": did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
+
+
+# --- types -------------------------------------------------------------------------
+
+
+def _types(config: Config) -> dict[str, Any]:
+    return {
+        f"{section.name}.{name}": annotation
+        for section in fields(config)
+        for name, annotation in typing.get_type_hints(
+            type(getattr(config, section.name))
+        ).items()
+    }
+
+
+def _fitted(value: Any, annotation: Any) -> Any:
+    """The value as the annotation wants it, or None where it does not fit."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        found = (_fitted(value, argument) for argument in arguments)
+        return next((fitted for fitted in found if fitted is not None), None)
+    if origin is Literal:
+        return value if value in arguments and isinstance(value, str) else None
+    if origin is list:
+        if not isinstance(value, list):
+            return None
+        items = [_fitted(item, arguments[0]) for item in value]
+        return None if None in items else items
+    if annotation is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if number and math.isfinite(value) else None
+    return value if type(value) is annotation else None
+
+
+def _value_of(text: str, annotation: Any) -> Any:
+    """A command-line text as the TOML value it stands for."""
+    if annotation is str:
+        return text
+    is_list = typing.get_origin(annotation) is list
+    if is_list and not text.lstrip().startswith("["):
+        element = typing.get_args(annotation)[0]
+        return [_value_of(part.strip(), element) for part in text.split(",")]
+    lowered = text.lower()
+    try:
+        return tomli.loads(f"v = {lowered if lowered in ('true', 'false') else text}")[
+            "v"
+        ]
+    except tomli.TOMLDecodeError:
+        return text
+
+
+def _metavar(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return "|".join(_metavar(argument) for argument in arguments)
+    if origin is Literal:
+        return "|".join(arguments)
+    if origin is list:
+        return f"{_metavar(arguments[0])},..."
+    return {bool: "true|false", int: "INT", float: "NUMBER", str: "TEXT"}[annotation]
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if origin is Literal:
+        return " or ".join(json.dumps(argument) for argument in arguments)
+    if origin is list:
+        return f"a list, each {_type_name(arguments[0])}"
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    return names[annotation]
+
+
+# --- command line ------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors that suggest the nearest setting."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if message.startswith("unrecognized") and unknown.startswith("--"):
+            known = [f"--{key}" for key in _types(Config())]
+            raise UserError(f"unknown setting {unknown}{_nearest(unknown, known)}")
+        raise UserError(f"command line: {message} (--help lists the settings)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        usage="%(prog)s --config FILE [--section.setting VALUE ...]",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="settings in TOML")
+    known = _types(Config())
+    for section in fields(Config):
+        group = parser.add_argument_group(section.name)
+        for name, text in _docs(type(getattr(Config(), section.name))).items():
+            key = f"{section.name}.{name}"
+            switch = {"nargs": "?", "const": "true"} if known[key] is bool else {}
+            default = json.dumps(_get(Config(), key))
+            group.add_argument(
+                f"--{key}",
+                metavar=_metavar(known[key]),
+                help=f"{text} (default: {default})".replace("%", "%%"),
+                **switch,
+            )
+    return parser
+
+
+def _expanded(argv: Sequence[str]) -> list[str]:
+    """Join values that begin with a dash to their option, which argparse requires."""
+    joined: list[str] = []
+    for word in argv:
+        negative = len(word) > 1 and word[0] == "-" and (word[1].isdigit())
+        if (
+            negative
+            and joined
+            and joined[-1].startswith("--")
+            and "=" not in joined[-1]
+        ):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _docs(section: type) -> dict[str, str]:
+    """Each field's name with the text that stands under it in the source."""
+    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for statement, below in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):
+            docs[statement.target.id] = " ".join(below.value.value.split())  # type: ignore
+    return docs
+
+
+def main() -> None:
+    """Say what is wrong with a command line, before torchrun starts any process."""
+    load_config(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,466 @@
+"""One video file through PyAV: exact random access, crops, reading and writing."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+# Seconds before the window at which decoding is tried in turn; the last one is the
+# start of the file.
+REWINDS = (0.0, 0.5, 2.0, 8.0, float("inf"))
+# The deepest reordering that H.264 and HEVC allow, in frames.
+REORDER = 16
+# Decoders that honour skip_frame packet by packet; others (dav1d) lose frames by it.
+SKIPPING_DECODERS = ("h264", "hevc")
+SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int"
+BT709 = 1
+UNSPECIFIED_COLORSPACE = 2
+LIMITED_RANGE = 1
+
+
+class VideoError(Exception):
+    """A file or a clip of it that cannot be decoded as asked; it costs a sample."""
+
+
+class _Gap(VideoError):
+    """Wanted frames did not come out; decoding from an earlier point may help."""
+
+
+class _Disorder(VideoError):
+    """Frames come out of the decoder in another order than their times say."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What the header says; `duration` and `frames` are hints that may be wrong.
+
+    Sizes are in pixels as displayed (after rotation), times in seconds, `rotation`
+    in degrees counterclockwise; an unknown duration is None, unknown frames are 0.
+    """
+
+    width: int
+    height: int
+    start: float
+    duration: float | None
+    time_base: Fraction
+    rate: Fraction | None
+    rotation: int
+    codec: str
+    frames: int
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A box of the displayed picture and what becomes of it.
+
+    The box has the aspect of `height` x `width` (the output, in pixels) and `scale`
+    times the side of the largest such box that fits; `y` and `x` in [0, 1] place it
+    in the room that is left (0.5: centred). It needs no knowledge of the file, so
+    that it can be drawn before the file is opened.
+    """
+
+    height: int
+    width: int
+    scale: float = 1.0
+    y: float = 0.5
+    x: float = 0.5
+    flip: bool = False
+
+
+def probe(path: str) -> VideoInfo:
+    """Describe the video stream of `path`; decodes one frame for the rotation.
+
+    Raises VideoError when the file cannot be opened or has no decodable video.
+    """
+    with _opened(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise VideoError(f"{path} has no frames")
+        height, width = _displayed_size(frame)
+        start, duration = _extent(container, stream)
+        return VideoInfo(
+            width=width,
+            height=height,
+            start=float(start * stream.time_base),
+            duration=None if duration is None else float(duration * stream.time_base),
+            time_base=stream.time_base,
+            rate=stream.average_rate,
+            rotation=_quarter_turns(frame) * 90,
+            codec=stream.codec_context.name,
+            frames=stream.frames,
+        )
+
+
+def read_frames(path: str) -> Iterator[np.ndarray]:
+    """Decode `path` from start to end: uint8 RGB frames HWC, as displayed.
+
+    Raises VideoError when the file cannot be opened or a frame is damaged.
+    """
+    cropper = _Cropper(None)
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            yield cropper(frame)
+
+
+def decode_window(
+    path: str, position: float, frames: int, stride: int, crops: list[Crop]
+) -> list[np.ndarray]:
+    """Decode one window of a file and cut every crop from it.
+
+    The window is `frames` frames, `stride` apart, at `position` in [0, 1] of the
+    possible starts. Returns one uint8 RGB array THWC for each crop, equal to what
+    sequential decoding gives. A file too short for the stride is read with the
+    largest stride that fits. Pixels are taken as square. Raises VideoError when the
+    file is shorter than `frames` or the window is damaged.
+    """
+    window = _Window(path, position, frames, stride, crops)
+    reason = _Gap(f"{path}: no attempt was made")
+    for rewind in REWINDS:
+        try:
+            return window.decode(rewind)
+        except _Gap as gap:
+            reason = gap
+    raise VideoError(str(reason)) from reason
+
+
+class VideoWriter:
+    """Writes uint8 RGB frames HWC as H.264 in MP4, BT.709 limited range, yuv420p.
+
+    Odd sizes are padded to even ones by repeating the last row or column. The file
+    gets its name when the `with` block ends well; otherwise nothing is left behind.
+    `rate` is in frames per second.
+    """
+
+    def __init__(self, path: str | Path, rate: float | Fraction) -> None:
+        self.path = path
+        self.rate = Fraction(rate).limit_denominator(1001)
+        self._unfinished = f"{path}.{os.getpid()}.part"
+        self._stream: VideoStream | None = None
+
+    def __enter__(self) -> VideoWriter:
+        self._container = av.open(
+            self._unfinished, "w", format="mp4", options={"movflags": "+faststart"}
+        )
+        return self
+
+    def write(self, frame_HWC: np.ndarray) -> None:
+        """Append a frame; all frames have the size of the first."""
+        height, width = frame_HWC.shape[:2]
+        if self._stream is None:
+            self._stream = self._new_stream(height + height % 2, width + width % 2)
+        padding = ((0, height % 2), (0, width % 2), (0, 0))
+        frame = VideoFrame.from_ndarray(np.pad(frame_HWC, padding, mode="edge"))
+        converted = frame.reformat(
+            format="yuv420p",
+            dst_colorspace=BT709,
+            dst_color_range=LIMITED_RANGE,
+            interpolation="BICUBIC",
+        )
+        self._container.mux(self._stream.encode(converted))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode(None))
+            self._container.close()
+            if kind is None:
+                os.replace(self._unfinished, self.path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.remove(self._unfinished)
+
+    def _new_stream(self, height: int, width: int) -> VideoStream:
+        stream = self._container.add_stream("libx264", rate=self.rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {"crf": "18"}
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED_RANGE
+        return stream
+
+
+def write_mp4(
+    path: str | Path, frames_THWC: np.ndarray, rate: float | Fraction
+) -> None:
+    """Write uint8 RGB frames THWC at `rate` frames per second; see VideoWriter."""
+    with VideoWriter(path, rate) as writer:
+        for frame_HWC in frames_THWC:
+            writer.write(frame_HWC)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    try:
+        container = av.open(path, metadata_errors="ignore")
+    except av.FFmpegError as error:
+        raise VideoError(f"{path}: {error.strerror}") from error
+    with container:
+        stream = container.streams.best("video")
+        if stream is None or stream.codec_context is None:
+            raise VideoError(f"{path} has no video stream that can be decoded")
+        stream.thread_type = "NONE"
+        try:
+            yield container, stream
+        except av.FFmpegError as error:
+            raise _Gap(f"{path}: {error.strerror}") from error
+
+
+def _extent(container: InputContainer, stream: VideoStream) -> tuple[int, int | None]:
+    """Start and duration in the stream's time base, by the header."""
+    start, duration = stream.start_time or 0, stream.duration
+    if duration is None and container.duration is not None:
+        duration = int(Fraction(container.duration, av.time_base) / stream.time_base)
+    return start, duration
+
+
+@dataclass(frozen=True)
+class _Window:
+    path: str
+    position: float
+    frames: int
+    stride: int
+    crops: list[Crop]
+
+    @property
+    def span(self) -> int:
+        """Source frames from the first to the last of the window."""
+        return (self.frames - 1) * self.stride + 1
+
+    def decode(self, rewind: float) -> list[np.ndarray]:
+        """One attempt that starts to decode `rewind` seconds before the window."""
+        with _opened(self.path) as (container, stream):
+            if _untimed(container, stream):
+                return self._decode_by_count()
+            target = self._target(container, stream)
+            from_start = _seek(container, stream, target, rewind)
+            packets = _collect(container, stream, target, self.span)
+            times = sorted(packet.pts for packet in packets if _is_shown(packet))
+            wanted = self._choose(times, target, from_start)
+            try:
+                return self._cut(_decode(stream, packets, wanted))
+            except _Disorder:
+                return self._decode_by_count()
+
+    def _target(self, container: InputContainer, stream: VideoStream) -> int:
+        start, duration = _extent(container, stream)
+        if duration is None:
+            duration = _end_time(self.path) - start
+        rate = stream.average_rate or stream.guessed_rate
+        span = self.span / rate / stream.time_base if rate else 0
+        return start + int(Fraction(self.position) * max(0, duration - span))
+
+    def _choose(self, times: list[int], target: int, from_start: bool) -> list[int]:
+        """Times of the window's frames, from the sorted times of all packets seen."""
+        if not from_start and (len(times) < self.span or times[0] > target):
+            raise _Gap(f"{self.path}: frames before {target} are out of reach")
+        first = bisect_left(times, target)
+        if len(times) < self.span:
+            first, stride = self._fit(len(times))
+        else:
+            # Too near the end: the header promised more than there is.
+            first, stride = min(first, len(times) - self.span), self.stride
+        return times[first : first + (self.frames - 1) * stride + 1 : stride]
+
+    def _fit(self, total: int) -> tuple[int, int]:
+        """First frame and stride within a file of `total` frames."""
+        if total < self.frames:
+            raise VideoError(
+                f"{self.path} has {total} frames and {self.frames} are needed"
+            )
+        stride = min(self.stride, (total - 1) // max(1, self.frames - 1))
+        starts = total - (self.frames - 1) * stride
+        return min(int(self.position * starts), starts - 1), stride
+
+    def _cut(self, frames: Iterator[VideoFrame]) -> list[np.ndarray]:
+        croppers = [_Cropper(crop) for crop in self.crops]
+        cut = [[cropper(frame) for cropper in croppers] for frame in frames]
+        if len(cut) < self.frames:
+            raise _Gap(f"{self.path}: {len(cut)} of {self.frames} frames came out")
+        return [np.stack(clip) for clip in zip(*cut, strict=True)]
+
+    def _decode_by_count(self) -> list[np.ndarray]:
+        """Without usable times: from the start of the file, by counting frames."""
+        with _opened(self.path) as (container, stream):
+            total = sum(packet.size > 0 for packet in container.demux(stream))
+        first, stride = self._fit(total)
+        wanted = range(first, first + (self.frames - 1) * stride + 1, stride)
+        with _opened(self.path) as (container, stream):
+            numbered = enumerate(container.decode(stream))
+            upto_last = zip(range(wanted[-1] + 1), numbered, strict=False)
+            return self._cut(
+                frame for _, (number, frame) in upto_last if number in wanted
+            )
+
+
+def _untimed(container: InputContainer, stream: VideoStream) -> bool:
+    """Whether frames carry no times (raw streams) or wrong ones (AVI with B-frames)."""
+    wrong = container.format.name == "avi" and stream.codec_context.has_b_frames
+    return stream.start_time is None or bool(wrong)
+
+
+def _end_time(path: str) -> int:
+    """Where the last frame ends, for files whose header has no duration."""
+    with _opened(path) as (container, stream):
+        timed = (p for p in container.demux(stream) if p.pts is not None)
+        return max(packet.pts + packet.duration for packet in timed)
+
+
+def _seek(
+    container: InputContainer, stream: VideoStream, target: int, rewind: float
+) -> bool:
+    """Go to a keyframe `rewind` seconds before target; True at the file's start."""
+    start = stream.start_time or 0
+    if target - rewind / stream.time_base <= start:
+        return True
+    container.seek(int(target - rewind / stream.time_base), stream=stream)
+    return False
+
+
+def _is_shown(packet: Packet) -> bool:
+    """False for a packet that an edit list cuts away or that carries no time."""
+    return packet.pts is not None and not packet.is_discard
+
+
+def _collect(
+    container: InputContainer, stream: VideoStream, target: int, span: int
+) -> list[Packet]:
+    """Packets until the `span` frames from target on are surely among them."""
+    packets: list[Packet] = []
+    missing = span + REORDER
+    for packet in container.demux(stream):
+        if packet.size == 0:
+            continue
+        packets.append(packet)
+        missing -= _is_shown(packet) and packet.pts >= target
+        if missing == 0:
+            break
+    return packets
+
+
+def _decode(
+    stream: VideoStream, packets: list[Packet], wanted: list[int]
+) -> Iterator[VideoFrame]:
+    """The frames at the wanted times, in order, as far as the first gap."""
+    context = stream.codec_context
+    skipping = context.codec.name in SKIPPING_DECODERS and not _suspicious(
+        context, packets
+    )
+    last, rest = None, wanted[::-1]
+    for packet in (*packets, None):
+        if skipping and packet is not None:
+            context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        for frame in context.decode(packet):
+            if last is not None and frame.pts is not None and frame.pts < last:
+                raise _Disorder(f"frame {frame.pts} after {last}")
+            last = frame.pts
+            if rest and frame.pts == rest[-1] and not frame.is_corrupt:
+                rest.pop()
+                yield frame
+        if not rest:
+            return
+
+
+def _suspicious(context: VideoCodecContext, packets: list[Packet]) -> bool:
+    """Whether frames are reordered but their times are not, by a careless muxer.
+
+    Then every frame is decoded, so that the disorder shows.
+    """
+    reordered = any(packet.pts != packet.dts for packet in packets)
+    return bool(context.has_b_frames) and not reordered
+
+
+def _quarter_turns(frame: VideoFrame) -> int:
+    """Counterclockwise quarter turns, 0 to 3, that the display asks for."""
+    return round(frame.rotation / 90) % 4
+
+
+def _displayed_size(frame: VideoFrame) -> tuple[int, int]:
+    size = (frame.height, frame.width)
+    return size if _quarter_turns(frame) % 2 == 0 else size[::-1]
+
+
+class _Cropper:
+    """Turns decoded frames into uint8 RGB arrays HWC; None takes the whole frame."""
+
+    def __init__(self, crop: Crop | None) -> None:
+        self.crop = crop
+        self._graphs: dict[tuple, av.filter.Graph] = {}
+
+    def __call__(self, frame: VideoFrame) -> np.ndarray:
+        crop = self.crop or Crop(*_displayed_size(frame))
+        key = (frame.width, frame.height, frame.format.name, frame.colorspace)
+        key += (frame.color_range, frame.rotation)
+        if key not in self._graphs:
+            self._graphs[key] = _build_graph(frame, crop)
+        graph = self._graphs[key]
+        graph.vpush(frame)
+        # The decoder leaves rotation alone: turn the small crop, not the frame.
+        picture = np.rot90(graph.vpull().to_ndarray(), _quarter_turns(frame))
+        return np.ascontiguousarray(picture[:, ::-1] if crop.flip else picture)
+
+
+def _build_graph(frame: VideoFrame, crop: Crop) -> av.filter.Graph:
+    """Crop, scale and conversion to RGB in one pass, in the frame's own orientation."""
+    height, width, top, left = _box(frame, crop)
+    turned = _quarter_turns(frame) % 2
+    out_height, out_width = (
+        (crop.width, crop.height) if turned else (crop.height, crop.width)
+    )
+    scale = f"{out_width}:{out_height}:flags={SCALE_FLAGS}"
+    if frame.colorspace == UNSPECIFIED_COLORSPACE and frame.height >= 720:
+        scale += ":in_color_matrix=bt709"
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width,
+        height=frame.height,
+        format=frame.format,
+        time_base=Fraction(1),
+    )
+    graph.link_nodes(
+        source,
+        graph.add("crop", f"{width}:{height}:{left}:{top}:exact=1"),
+        graph.add("scale", scale),
+        graph.add("format", "rgb24"),
+        graph.add("buffersink"),
+    ).configure()
+    return graph
+
+
+def _box(frame: VideoFrame, crop: Crop) -> tuple[int, int, int, int]:
+    """Height, width, top and left of the crop in the frame before rotation."""
+    shown_height, shown_width = _displayed_size(frame)
+    largest = min(shown_height / crop.height, shown_width / crop.width)
+    height = max(1, round(crop.scale * largest * crop.height))
+    width = max(1, round(crop.scale * largest * crop.width))
+    top = int(crop.y * (shown_height - height))
+    left = int(crop.x * (shown_width - width))
+    bottom, right = shown_height - top - height, shown_width - left - width
+    height, width, top, left = (
+        (height, width, top, left),
+        (width, height, left, bottom),
+        (height, width, bottom, right),
+        (width, height, right, top),
+    )[_quarter_turns(frame)]
+    # Chroma is stored for pairs of pixels: an odd corner would shift the colours.
+    return height, width, top & ~1, left & ~1
