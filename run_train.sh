@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains with torchrun on what this machine has. Without arguments: a first run of a few
+# minutes on real sample clips.
+#
+#   ./run_train.sh [--section.setting VALUE ...]
+#
+#   CONFIG_FILE     settings            (train_configs/debug.toml)
+#   NGPU            processes a node    (all GPUs, or 1 without any)
+#   NNODES          nodes               (1)
+#   NODE_RANK       this node's number  (0)
+#   RDZV_ENDPOINT   host:port of node 0 (only for several nodes)
+#   LOG_RANK        local ranks, comma-separated, whose output is shown (0)
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./environment.sh
+
+CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
+NNODES=${NNODES:-1}
+NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
+# A mistake in the settings is told here, in one line, before any process starts.
+WORLD_SIZE=$((NNODES * NGPU)) "$PYTHON" -m taehv.config --config "$CONFIG_FILE" "$@"
+if [ "$CONFIG_FILE" = train_configs/debug.toml ]; then
+    "$PYTHON" -m taehv.samples
+fi
+
+if [ "$NNODES" -gt 1 ]; then
+    rendezvous=(--node_rank "${NODE_RANK:-0}" --rdzv_backend c10d --rdzv_id taehv
+        --rdzv_endpoint "${RDZV_ENDPOINT:?set it to host:port of node 0}")
+else
+    rendezvous=(--standalone)
+fi
+# One process may use every core; more share them.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / NGPU > 0 ? $(nproc) / NGPU : 1))}
+exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" \
+    "${rendezvous[@]}" --local-ranks-filter "${LOG_RANK:-0}" \
+    train.py --config "$CONFIG_FILE" "$@"
