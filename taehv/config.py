@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -45,7 +46,8 @@ class Model:
     variant: str = "taehv"
     """Which TAEHV: its architecture and latent space (see README for the list)."""
     checkpoint: str = ""
-    """Weights to start from (.pth or .safetensors); empty starts from new weights."""
+    """Weights to start from: .pth, .safetensors, or the folder of a checkpoint; empty
+    starts from new weights."""
 
 
 @dataclass
@@ -268,16 +270,19 @@ def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
     return config
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the merged settings as TOML that --config takes back."""
+def dumps(config: Config) -> str:
+    """The merged settings as TOML, which --config takes back."""
     lines = []
     for name, section in asdict(config).items():
         lines.append(f"[{name}]")
-        lines += [
-            f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in section.items()
-        ]
+        lines += [f"{key} = {_toml(value)}" for key, value in section.items()]
         lines.append("")
-    path.write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    # JSON's texts, numbers, booleans and lists are TOML's, but for one character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -416,10 +421,12 @@ def _get(config: Config, key: str) -> Any:
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:
     known = sorted(known)
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if not match:  # a key under the wrong section
-        last = name.split(".")[-1]
-        match = [key for key in known if key.split(".")[-1] == last]
+    # A section's name is so long a part of a key that the right key in the wrong
+    # section would look less like it than a wrong key in that section.
+    last = name.lstrip("-").split(".")[-1]
+    elsewhere = [key for key in known if key.split(".")[-1] == last]
+    match = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0)
+    match = match or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f": did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
 
 
@@ -503,6 +510,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        unknown = unknown.partition("=")[0]
         if message.startswith("unrecognized") and unknown.startswith("--"):
             known = [f"--{key}" for key in _types(Config())]
             raise UserError(f"unknown setting {unknown}{_nearest(unknown, known)}")
@@ -521,7 +529,8 @@ def _parser() -> _Parser:
         group = parser.add_argument_group(section.name)
         for name, text in _docs(type(getattr(Config(), section.name))).items():
             key = f"{section.name}.{name}"
-            switch = {"nargs": "?", "const": "true"} if known[key] is bool else {}
+            is_switch = bool in (known[key], *typing.get_args(known[key]))
+            switch = {"nargs": "?", "const": "true"} if is_switch else {}
             default = json.dumps(_get(Config(), key))
             group.add_argument(
                 f"--{key}",
@@ -549,6 +558,7 @@ def _expanded(argv: Sequence[str]) -> list[str]:
     return joined
 
 
+@functools.cache
 def _docs(section: type) -> dict[str, str]:
     """Each field's name with the text that stands under it in the source."""
     body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]

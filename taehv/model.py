@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,13 @@ DECODER_WIDTHS = {
     "wide": (1024, 512, 256, 64),
 }
 WIDE_GROUP_CHANNELS = 64
+# New weights: what the latents make of colors, and how strongly a new decoder paints
+# with its other, random channels.
+COLOR_SCALE = 4.0
+DETAIL_SCALE = 0.02
+CENTER = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+MEAN_OF_FOUR = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 1]]) / 4
+SMOOTH = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
 
 
 def conv3x3(
@@ -289,6 +296,69 @@ def _init_conv(conv: nn.Conv2d, gain: float, generator: torch.Generator | None) 
         nn.init.zeros_(conv.bias)
 
 
+@torch.no_grad()
+def pass_colors_through(encoder: VideoSequential, decoder: VideoSequential) -> None:
+    """Let the first three channels of every block carry red, green and blue.
+
+    A new autoencoder then begins as one that averages each latent's frames and pixels
+    and paints them back, and has only the details to learn. Latent channel c begins as
+    COLOR_SCALE * (color c - 0.5), which gives it about unit RMS.
+    """
+    for block in encoder:
+        if isinstance(block, TPool):
+            frames = block.conv.weight.unflatten(1, (block.stride, -1))
+            frames[:3] = 0
+            frames[range(3), :, range(3)] = 1 / block.stride
+        elif block is encoder[0]:
+            _pass_colors(block, CENTER, columns=block.in_channels // 3)
+        elif block is encoder[-1]:
+            _pass_colors(block, COLOR_SCALE * CENTER)
+            block.bias[:3] = -COLOR_SCALE / 2
+        elif isinstance(block, nn.Conv2d):
+            _pass_colors(block, MEAN_OF_FOUR)
+    is_scaled = True  # colors are as in latents until a bias can make them positive
+    for index, block in enumerate(decoder):
+        if isinstance(block, TGrow):
+            frames = block.conv.weight.unflatten(0, (block.stride, -1))
+            frames[:, :3] = 0
+            frames[:, range(3), range(3)] = 1
+        elif isinstance(block, nn.Conv2d):
+            plain = block.bias is not None or block.kernel_size == (1, 1)
+            rows = _pixels_of(decoder[index:])
+            _pass_colors(block, CENTER if plain else SMOOTH, rows=rows)
+            if block.bias is not None and is_scaled:
+                block.weight[: 3 * rows] /= COLOR_SCALE
+                block.bias[: 3 * rows] = 0.5
+                is_scaled = False
+
+
+def _pixels_of(blocks: nn.Sequential) -> int:
+    """How many output channels of the first block are one color's pixels."""
+    if len(blocks) == 1:
+        return blocks[0].out_channels // 3
+    following = blocks[2] if len(blocks) > 2 else None
+    return following.upscale_factor**2 if isinstance(following, nn.PixelShuffle) else 1
+
+
+def _pass_colors(
+    conv: nn.Conv2d, kernel_KK: Tensor, rows: int = 1, columns: int = 1
+) -> None:
+    """Make each color's `rows` outputs its `columns` inputs' mean under a kernel."""
+    size = conv.kernel_size[0]
+    margin = (kernel_KK.shape[0] - size) // 2
+    kernel_KK = kernel_KK[margin : margin + size, margin : margin + size]
+    if conv.out_channels > 3 * rows:
+        conv.weight[: 3 * rows] = 0
+    else:  # all that comes out is colors, to which the other channels add
+        conv.weight[:, : 3 * columns] = 0
+    for color in range(3):
+        outputs = slice(color * rows, (color + 1) * rows)
+        inputs = slice(color * columns, (color + 1) * columns)
+        conv.weight[outputs, inputs] = kernel_KK.to(conv.weight) / columns
+    if conv.bias is not None:
+        conv.bias[: 3 * rows] = 0
+
+
 class TAEHV(nn.Module):
     """A tiny video autoencoder with the published `state_dict`.
 
@@ -343,18 +413,49 @@ class TAEHV(nn.Module):
         Raises:
             UserError: if the file is unusable or its variant unclear.
         """
-        state_dict, metadata = load_state_dict_file(path)
+        return cls.from_state_dict(
+            *load_state_dict_file(path),
+            variant,
+            source=path,
+            decoder_time_upscale=decoder_time_upscale,
+            decoder_space_upscale=decoder_space_upscale,
+        )
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: dict[str, Tensor],
+        metadata: Mapping[str, str],
+        variant: str | None = None,
+        *,
+        source: str | os.PathLike[str],
+        decoder_time_upscale: Sequence[bool] | None = None,
+        decoder_space_upscale: Sequence[bool] | None = None,
+    ) -> TAEHV:
+        """Make a model of weights that are in memory; see `from_pretrained`.
+
+        Args:
+            state_dict: weights under the published keys.
+            metadata: what their file says of them.
+            variant: needed where neither shapes nor metadata tell the variant.
+            source: where they are from, for messages.
+            decoder_time_upscale: see `TAEHV`.
+            decoder_space_upscale: see `TAEHV`.
+
+        Raises:
+            UserError: if they fit no variant, or more than one.
+        """
         try:
             variant = identify(state_dict, metadata, variant)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{source}: {error}") from error
         model = cls(
             variant,
             decoder_time_upscale=decoder_time_upscale,
             decoder_space_upscale=decoder_space_upscale,
         )
         model._cut_grow_weights(state_dict)
-        _check_shapes(path, state_dict, model)
+        _check_shapes(source, state_dict, model)
         model.load_state_dict(state_dict)
         return model
 
@@ -362,14 +463,15 @@ class TAEHV(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw new weights in place.
 
-        Latents of natural frames begin with an RMS near 1, and decoded frames as grey.
+        Latents of natural frames begin with an RMS near 1, and a reconstruction as a
+        blurred picture of them.
         """
         init_blocks(self.encoder, generator)
         init_blocks(self.decoder, generator)
         # Natural frames have an RMS near 0.5.
         self.encoder[0].weight.mul_(2)
-        self.decoder[-1].weight.mul_(0.1)
-        self.decoder[-1].bias.fill_(0.5)
+        self.decoder[-1].weight.mul_(DETAIL_SCALE)
+        pass_colors_through(self.encoder, self.decoder)
 
     def _cut_grow_weights(self, state_dict: dict[str, Tensor]) -> None:
         """Keep the last output channels where a preview grows fewer frames."""

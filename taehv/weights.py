@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from taehv.errors import UserError
@@ -170,7 +170,7 @@ def identify(
     if len(fitting) > 1:
         raise UserError(
             f"the weights may be {', '.join(fitting)}, which have equal shapes; name "
-            "one with variant= or --model.variant"
+            "one with variant=, --variant or --model.variant"
         )
     return fitting[0]
 
@@ -237,7 +237,8 @@ def save_weights(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".safetensors":
-            save_file(dict(tensors), temporary, metadata)
+            # safetensors' own save_file leaves a file that only its owner may read.
+            temporary.write_bytes(save(dict(tensors), metadata))
         else:
             tensors._metadata = {METADATA_KEY: metadata}
             torch.save(tensors, temporary)

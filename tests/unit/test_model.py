@@ -354,18 +354,23 @@ def test_new_weights_keep_the_scale(untrained: TAEHV) -> None:
     untrained.decode_video(torch.randn_like(latents_NTCHW))
     for hook in hooks:
         hook.remove()
-    assert 0.5 < rms(latents_NTCHW) < 1.6
+    assert 0.4 < rms(latents_NTCHW) < 1.6
     assert min(levels) > 0.45 and max(levels) < 2.2
 
 
-def test_new_weights_decode_to_grey(untrained: TAEHV) -> None:
+@torch.no_grad()
+def test_new_weights_keep_colors(untrained: TAEHV) -> None:
     torch.manual_seed(0)
-    channels = untrained.variant.latent_channels
-    decoded_NTCHW = untrained.decode_video(
-        torch.randn(1, 3, channels, 4, 4), clamp=False
-    )
-    assert abs(decoded_NTCHW.mean() - 0.5) < 0.1
-    assert 0.01 < decoded_NTCHW.std() < 0.2
+    size = 2 * untrained.variant.space_factor
+    colors_N1C11 = torch.rand(4, 3)[:, None, :, None, None] * 0.8 + 0.1
+    frames_NTCHW = colors_N1C11.expand(-1, 17, -1, size, size)
+    latents_NTCHW = untrained.encode_video(frames_NTCHW)
+    decoded_NTCHW = untrained.decode_video(latents_NTCHW, clamp=False)
+    # MiniMax-H3's first latent is darkened by the black frames before each chunk.
+    inside = decoded_NTCHW[:, 1:5, :, size // 4 : -size // 4, size // 4 : -size // 4]
+    # The decoder's soft clamp takes a little of the contrast.
+    assert (inside.mean((1, 3, 4)) - colors_N1C11.flatten(1)).abs().max() < 0.1
+    assert 0.001 < inside.std((1, 3, 4)).mean() < 0.1
 
 
 def test_grown_frames_begin_as_copies(untrained: TAEHV) -> None:
