@@ -1,0 +1,105 @@
+"""Checkpoints to weight files that any loader takes, and back.
+
+python -m taehv.convert outputs/NAME taew2_1.safetensors
+python -m taehv.convert outputs/NAME/checkpoints/step-500 out.pth --dtype fp16
+python -m taehv.convert checkpoints/taecvx.pth start/ --variant taecvx
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from taehv.checkpoint import (
+    METADATA,
+    complete_steps,
+    load_weights,
+    save_weights_only,
+    step_folder,
+)
+from taehv.errors import UserError, run_command
+from taehv.model import TAEHV
+from taehv.variants import VARIANTS
+from taehv.weights import load_state_dict_file, save_weights
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def convert(
+    source: Path,
+    target: Path,
+    weights: str | None = None,
+    dtype: str = "fp32",
+    variant: str | None = None,
+) -> str:
+    """Convert weights between a checkpoint folder and a file.
+
+    Args:
+        source: a run's folder (its newest checkpoint is taken), a checkpoint's folder,
+            or a .pth or .safetensors file.
+        target: a .pth or .safetensors file, or for any other name the folder of a
+            checkpoint that --model.checkpoint takes.
+        weights: "ema" or "model" of a run's checkpoint; by default the averaged ones.
+        dtype: a key of DTYPES, the format of the numbers written.
+        variant: needed where neither shapes nor metadata tell it.
+
+    Returns:
+        The variant.
+
+    Raises:
+        UserError: a source that cannot be read, or a target that is there already.
+    """
+    if target.exists():
+        raise UserError(f"{target} is there already: name another, or delete it")
+    if source.is_dir():
+        state_dict, about = load_weights(checkpoint_in(source), weights)
+    else:
+        state_dict, about = load_state_dict_file(source)
+    # The model checks keys, shapes and the variant.
+    model = TAEHV.from_state_dict(state_dict, about, variant, source=source)
+    about = {**about, "variant": model.variant_name}
+    about.setdefault("latent_space", model.variant.latent_space)
+    converted = {k: v.to(DTYPES[dtype]) for k, v in model.state_dict().items()}
+    if target.suffix in (".pth", ".pt", ".safetensors"):
+        save_weights(target, converted, about)
+    else:
+        save_weights_only(target, converted, about)
+    return model.variant_name
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint that a folder is, or the newest one of the run that it is.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (folder / METADATA).exists():
+        return folder
+    steps = complete_steps(folder / "checkpoints")
+    if not steps:
+        raise UserError(
+            f"{folder} has no complete checkpoint: give a run's folder "
+            "(outputs/NAME) or a checkpoint's (outputs/NAME/checkpoints/step-N)"
+        )
+    return step_folder(folder / "checkpoints", steps[-1])
+
+
+def main() -> None:
+    """Read the command line and convert."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="run, checkpoint or weights file")
+    parser.add_argument("target", type=Path, help=".pth, .safetensors or new folder")
+    parser.add_argument("--weights", choices=("ema", "model"), help="averaged or raw")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--variant", choices=VARIANTS, help="where nothing tells it")
+    settings = vars(parser.parse_args())
+    variant = convert(**settings)
+    print(f"{settings['target']}: {variant}, {settings['dtype']}")
+
+
+if __name__ == "__main__":
+    run_command(main)

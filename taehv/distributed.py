@@ -1,0 +1,220 @@
+"""Processes, device, mesh, sharding, compilation, reductions and the stop signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from taehv.config import Compile, Parallelism
+from taehv.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all of them."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what only one may write."""
+        return self.rank == 0
+
+
+@contextmanager
+def started(
+    parallelism: Parallelism, device: Literal["auto", "cuda", "cpu"]
+) -> Iterator[World]:
+    """Open the process group for the time of the context.
+
+    Works under torchrun and, as a single process, without it.
+
+    Raises:
+        UserError: CUDA is asked for and absent, or there are more processes than GPUs.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _device(device, local_rank)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh(
+            chosen.type,
+            mesh_shape(parallelism, size),
+            mesh_dim_names=("replicate", "shard"),
+        )
+        yield World(rank, local_rank, size, chosen, mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+def mesh_shape(parallelism: Parallelism, world_size: int) -> tuple[int, int]:
+    """(copies of the model, processes that share one copy)."""
+    shard = {
+        "replicate": 1,
+        "fsdp": world_size,
+        "hsdp": parallelism.shard_size,
+    }[parallelism.mode]
+    return world_size // shard, shard
+
+
+def _device(choice: Literal["auto", "cuda", "cpu"], local_rank: int) -> torch.device:
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "training.device = cuda, but PyTorch sees no GPU here: set it to auto or "
+            "cpu, or install a PyTorch built for CUDA"
+        )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > torch.cuda.device_count():
+        raise UserError(
+            f"{processes} processes on a machine with {torch.cuda.device_count()} "
+            f"GPUs: use --nproc_per_node {torch.cuda.device_count()}"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def compute_dtype(
+    precision: Literal["auto", "bf16", "fp32", "fp64"], device: torch.device
+) -> torch.dtype:
+    """The number format of the network's arithmetic on this device."""
+    if precision != "auto":
+        formats = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+        return formats[precision]
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies in bf16; emulation is slower than float32."""
+    # PyTorch has had the private forms longer than torch.cpu.get_capabilities().
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def shard(
+    roots: list[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    cpu_offload: bool,
+) -> None:
+    """Apply FSDP2 to each module as a root of its own.
+
+    Separate roots may be called in any order, and the parent keeps no parameters. On a
+    mesh of (N, 1) nothing is gathered or scattered: that is DistributedDataParallel
+    with the same DTensors, checkpoints and clipping as the sharded forms.
+    """
+    policy = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
+    offload = OffloadPolicy()
+    if cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    # Nothing writes in place to what encoder and decoder return.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for root in roots:
+        fully_shard(
+            root,
+            mesh=mesh,
+            reshard_after_forward=False,
+            mp_policy=policy,
+            offload_policy=offload,
+        )
+
+
+def compile_in_place(
+    roots: list[nn.Module], settings: Compile, device: torch.device
+) -> bool:
+    """Compile each module as one graph; its parameters keep their names.
+
+    Returns:
+        Whether the modules are compiled.
+    """
+    enabled = device.type == "cuda" if settings.enable == "auto" else settings.enable
+    if enabled:
+        for root in roots:
+            root.compile(fullgraph=True)
+    return enabled
+
+
+def set_gradient_sync(roots: list[nn.Module], enabled: bool) -> None:
+    """Reduce gradients over the processes in the next backward pass, or keep them."""
+    for root in roots:
+        assert isinstance(root, FSDPModule)
+        root.set_requires_gradient_sync(enabled)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor on every process (a collective if it is sharded)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Average a small tensor over all processes."""
+    dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values / dist.get_world_size()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a small tensor over all processes."""
+    dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values
+
+
+class StopSignal:
+    """Ctrl-C, SIGTERM or SIGUSR1 on any process, agreed upon by all of them."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: stop at once
+        self.received = number
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop (a collective, on the CPU)."""
+        flag = torch.tensor(self.received)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)

@@ -1,0 +1,155 @@
+"""What a run tells: console, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from taehv.config import Logging
+from taehv.visualize import gif
+
+log = logging.getLogger("taehv")
+
+
+def set_up_console(rank: int) -> None:
+    """Send the package's messages to stderr: all of rank 0, warnings of the others."""
+    handler = logging.StreamHandler()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(prefix + "%(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def truncate_records(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drop the records after a step, which a resumed run will write again.
+
+    Returns:
+        The records that stay. A line that a crash cut short is dropped too.
+    """
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= last_step:
+            records.append(record)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+class RunLog:
+    """The records of a run, written by its main process alone.
+
+    Args:
+        folder: the run's folder.
+        settings: section [logging].
+        step: steps done before this process began.
+        steps: steps of the whole run.
+    """
+
+    def __init__(self, folder: Path, settings: Logging, step: int, steps: int) -> None:
+        self.interval = settings.interval
+        self.steps = steps
+        self._first, self._start = step, time.monotonic()
+        truncate_records(folder / "metrics.jsonl", step)
+        self.validations = truncate_records(folder / "validation.jsonl", step)
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._validation = (folder / "validation.jsonl").open("a", encoding="utf-8")
+        self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self._redirect = logging_redirect_tqdm([log])
+        self._redirect.__enter__()
+        self._bar = tqdm(
+            initial=step,
+            total=steps,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def step(self, record: dict[str, Any], speed: dict[str, float]) -> None:
+        """Note one finished step.
+
+        Args:
+            record: exact values for metrics.jsonl: step, losses, psnr, ...
+            speed: what differs between equal runs: clips/s, data wait, memory.
+        """
+        step = record["step"]
+        print(json.dumps(record), file=self._metrics, flush=True)
+        line = (
+            f"loss {record['loss']:.4f} | PSNR {record['psnr']:5.2f} dB | "
+            f"{speed['clips_per_second']:.1f} clips/s"
+        )
+        self._bar.set_postfix_str(line, refresh=False)
+        self._bar.update()
+        if step % self.interval and step != self.steps:
+            return
+        for name, value in {**record, **speed}.items():
+            if name != "step":
+                self.board.add_scalar(_tag(name), value, step)
+        if self._bar.disable:
+            left = (time.monotonic() - self._start) / (step - self._first)
+            left *= self.steps - step
+            log.info(f"step {step}/{self.steps} | {line} | {clock(left)} left")
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Note the result of a validation."""
+        record = {"step": step, **values}
+        self.validations.append(record)
+        print(json.dumps(record), file=self._validation, flush=True)
+        for name, value in values.items():
+            self.board.add_scalar(f"validation/{name}", value, step)
+
+    def picture(self, tag: str, picture_HWC: np.ndarray, step: int) -> None:
+        """Show a uint8 picture in TensorBoard."""
+        self.board.add_image(tag, picture_HWC, step, dataformats="HWC")
+
+    def clip(self, tag: str, frames_THWC: np.ndarray, step: int, rate: float) -> None:
+        """Show a uint8 clip in TensorBoard; its own add_video needs moviepy."""
+        _, height, width, channels = frames_THWC.shape
+        image = Summary.Image(
+            height=height,
+            width=width,
+            colorspace=channels,
+            encoded_image_string=gif(frames_THWC, rate),
+        )
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self.board._get_file_writer().add_summary(summary, step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._bar.close()
+        self._redirect.__exit__(None, None, None)
+        self.board.close()
+        self._metrics.close()
+        self._validation.close()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as minutes, or hours and minutes."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _tag(name: str) -> str:
+    return name if "/" in name else f"train/{name}"

@@ -1,0 +1,77 @@
+"""Teachers: the frozen reference VAEs whose latent space a student learns."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from taehv.config import Teacher as TeacherSettings
+from taehv.errors import UserError
+
+
+class Teacher(Protocol):
+    """What training asks of a reference VAE.
+
+    A class of your own is named by ``teacher.kind = "package.module:Class"`` and is
+    constructed as ``Class(path, device)``.
+    """
+
+    latent_channels: int
+
+    def check(self, frames: int, height: int, width: int) -> None:
+        """Raise a ValueError that names the nearest legal clip, if this is none."""
+
+    def encode(self, frames_NTCHW: Tensor) -> Tensor:
+        """Frames, RGB in [0, 1], to normalised latents_NTCHW; no gradient needed."""
+
+
+def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher | None:
+    """The teacher that the settings name, or None where they name none.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    if not settings.kind:
+        if settings.path:
+            raise UserError(
+                f"teacher.path = {settings.path} without teacher.kind: name the class"
+            )
+        return None
+    module, _, name = settings.kind.partition(":")
+    if not (module and name):
+        raise UserError(
+            f'teacher.kind = "{settings.kind}" must be "package.module:Class", or '
+            "empty for none"
+        )
+    try:
+        package = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"teacher.kind = {settings.kind}: no module named {error.name}; put its "
+            "folder on PYTHONPATH"
+        ) from None
+    if not hasattr(package, name):
+        raise UserError(f"teacher.kind = {settings.kind}: {module} has no {name}")
+    return getattr(package, name)(settings.path, device)
+
+
+def check_teacher(
+    teacher: Teacher, latent_channels: int, frames: int, height: int, width: int
+) -> None:
+    """Reject a clip or a student that the teacher cannot serve.
+
+    Raises:
+        UserError: with the teacher's own words.
+    """
+    if teacher.latent_channels != latent_channels:
+        raise UserError(
+            f"the teacher has {teacher.latent_channels} latent channels, the student "
+            f"{latent_channels}: choose the model.variant made for this teacher"
+        )
+    try:
+        teacher.check(frames, height, width)
+    except ValueError as error:
+        raise UserError(f"the teacher cannot take this clip: {error}") from None

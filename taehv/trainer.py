@@ -1,0 +1,469 @@
+"""Composition and loop: everything else is a component that knows only its part."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from taehv.checkpoint import Checkpointer, load_weights, training_state
+from taehv.config import Config, Model, dumps
+from taehv.data import (
+    SAMPLER_VERSION,
+    Batch,
+    ClipLoader,
+    build_file_lists,
+    to_frames,
+    validation_batches,
+)
+from taehv.distributed import (
+    StopSignal,
+    World,
+    compile_in_place,
+    compute_dtype,
+    full,
+    mean_over_ranks,
+    set_gradient_sync,
+    shard,
+    started,
+    sum_over_ranks,
+)
+from taehv.errors import UserError
+from taehv.logging import RunLog, clock, log, set_up_console, write_text
+from taehv.losses import psnr, training_losses
+from taehv.model import TAEHV
+from taehv.optim import Ema, build_optimizer, learning_rate
+from taehv.teacher import check_teacher, load_teacher
+from taehv.validate import ValidationResult, validate
+from taehv.video import write_mp4
+from taehv.visualize import picture_strip, side_by_side
+from taehv.weights import save_weights
+
+SAMPLE_RATE = 8
+"""Frames a second of the sample clips, slow enough to see what differs."""
+
+
+def train(config: Config) -> None:
+    """Run a training from its settings to its exported weights.
+
+    Raises:
+        UserError: anything a user got wrong, in one line that names the cure.
+    """
+    with started(config.parallelism, config.training.device) as world:
+        set_up_console(world.rank)
+        with StopSignal() as stop:
+            Trainer(config, world, stop).run()
+
+
+def initial_model(settings: Model) -> TAEHV:
+    """New weights, or those of a weights file or checkpoint folder."""
+    if not settings.checkpoint:
+        return TAEHV(settings.variant)
+    path = Path(settings.checkpoint).expanduser()
+    if not path.is_dir():
+        return TAEHV.from_pretrained(path, settings.variant)
+    weights, about = load_weights(path)
+    return TAEHV.from_state_dict(weights, about, settings.variant, source=str(path))
+
+
+@dataclass
+class Counts:
+    """What a run has done so far; with the seed, all that its future depends on."""
+
+    step: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+
+class Trainer:
+    """One run on one process.
+
+    Args:
+        config: checked settings.
+        world: this process's place.
+        stop: tells when to save and leave early.
+    """
+
+    def __init__(self, config: Config, world: World, stop: StopSignal) -> None:
+        self.config, self.world, self.stop = config, world, stop
+        self.folder = config.job.folder
+        self.counts = Counts()
+        self.bad_in_row = 0
+        self.bad_clips = 0
+        self.bad_files: set[str] = set()
+        self.train_files, self.held_out = build_file_lists(config.data)
+        self._build_model()
+        self._build_teacher()
+        self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint)
+        self._resume()
+        self.log = self._open_log() if world.is_main else None
+
+    # --- composition ---------------------------------------------------------------
+
+    def _build_model(self) -> None:
+        config, world = self.config, self.world
+        self.dtype = compute_dtype(config.training.precision, world.device)
+        # Weights, targets and losses keep full precision.
+        self.exact = torch.promote_types(self.dtype, torch.float32)
+        torch.manual_seed(config.training.seed)
+        self.model = initial_model(config.model)
+        self.model.to(world.device, self.exact)
+        # Validation runs on whole weights and so without collectives: processes may
+        # have different numbers of clips.
+        self.judge = TAEHV(config.model.variant).to(world.device, self.dtype).eval()
+        self.roots = [self.model.encoder, self.model.decoder]
+        self.compiled = compile_in_place(self.roots, config.compile, world.device)
+        shard(self.roots, world.mesh, self.dtype, config.parallelism.cpu_offload)
+        self.parameters = dict(self.model.named_parameters())
+        self.optimizer = build_optimizer(self.parameters.values(), config.optim)
+        self.ema = Ema(self.parameters, config.optim.ema_decay)
+
+    def _build_teacher(self) -> None:
+        self.teacher = load_teacher(self.config.teacher, self.world.device)
+        if self.teacher is not None:
+            data = self.config.data
+            channels = self.model.variant.latent_channels
+            check_teacher(self.teacher, channels, data.frames, data.height, data.width)
+
+    def _open_log(self) -> RunLog:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.toml", dumps(self.config))
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.folder} ({error.strerror}): set "
+                "job.output_dir to a folder that you may write to"
+            ) from None
+        run_log = RunLog(
+            self.folder,
+            self.config.logging,
+            self.counts.step,
+            self.config.training.steps,
+        )
+        run_log.board.add_text("config", f"```\n{dumps(self.config)}\n```")
+        self._announce()
+        return run_log
+
+    def _announce(self) -> None:
+        config, world = self.config, self.world
+        size = sum(parameter.numel() for parameter in self.parameters.values()) / 1e6
+        device = (
+            torch.cuda.get_device_name() if world.device.type == "cuda" else "the CPU"
+        )
+        data = config.data
+        log.info(
+            f"{config.model.variant}, {size:.1f} M parameters, {self.dtype} on "
+            f"{device} x {world.size}, {config.parallelism.mode}"
+            + (", compiled" if self.compiled else "")
+        )
+        log.info(
+            f"{len(self.train_files)} training files, {len(self.held_out)} held out; "
+            f"{config.training.global_batch_size} clips a step of {data.frames} x "
+            f"{data.height} x {data.width}"
+        )
+        if not len(self.held_out) and config.validation.clips:
+            log.warning(
+                "validation is off: there is one video file only, and a file is "
+                "trained on or held out, never both"
+            )
+
+    # --- resuming ------------------------------------------------------------------
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        counts = {
+            **asdict(self.counts),
+            "seed": self.config.training.seed,
+            "files": len(self.train_files),
+            "files_hash": int(self.train_files.fingerprint[:15], 16),
+            "sampler_version": SAMPLER_VERSION,
+        }
+        return training_state(self.model, self.ema, self.optimizer, counts)
+
+    def _resume(self) -> None:
+        steps = self.checkpointer.steps()
+        if not steps:
+            return
+        if not self.config.checkpoint.resume:
+            raise UserError(
+                f"{self.folder} holds checkpoints of an earlier run and "
+                "checkpoint.resume is false: choose another --job.name, or delete them"
+            )
+        state = self._state()
+        expected = {key: value.item() for key, value in state["counts"].items()}
+        self.checkpointer.load(steps[-1], state)
+        loaded = {key: int(value) for key, value in state["counts"].items()}
+        cures = {
+            "seed": "training.seed",
+            "files": "the number of training files",
+            "files_hash": "the list of training files",
+            "sampler_version": "this program's sampler",
+        }
+        for key, name in cures.items():
+            if loaded[key] != expected[key]:
+                raise UserError(
+                    f"cannot go on from {self.checkpointer.path(steps[-1])}: {name} "
+                    "has changed since; take it back, or choose another --job.name"
+                )
+        self.counts = Counts(loaded["step"], loaded["samples"], loaded["skipped"])
+        log.info(f"resuming from {self.checkpointer.path(steps[-1])}")
+
+    def _save(self) -> None:
+        self.saved_step = self.counts.step
+        self.checkpointer.save(self.counts.step, self._state(), self._about())
+
+    # --- the loop ------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the last step, or until told to stop; then export."""
+        config, steps = self.config, self.config.training.steps
+        if self.counts.step == 0:
+            self._validate()
+        loader = self._loader()
+        self.saved_step = self.counts.step
+        try:
+            while self.counts.step < steps and not self.stop.agreed():
+                self._step(loader)
+                last = self.counts.step == steps
+                if last or self.counts.step % config.validation.interval == 0:
+                    self._validate()
+                if last or self.counts.step % config.checkpoint.interval == 0:
+                    self._save()
+        finally:
+            loader.close()
+        self._finish()
+
+    def _local_batch_size(self) -> int:
+        """Clips of one forward pass on this process."""
+        training = self.config.training
+        return (
+            training.local_batch_size or training.global_batch_size // self.world.size
+        )
+
+    def _batch_parts(self) -> int:
+        """Forward passes on this process in one step."""
+        share = self.config.training.global_batch_size // self.world.size
+        return share // self._local_batch_size()
+
+    def _loader(self) -> ClipLoader:
+        return ClipLoader(
+            self.config.data,
+            self.train_files,
+            seed=self.config.training.seed,
+            consumed=self.counts.samples,
+            global_batch_size=self.config.training.global_batch_size,
+            local_batch_size=self._local_batch_size(),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        begin = time.monotonic()
+        parts = self._batch_parts()
+        waited, values = 0.0, torch.zeros(())
+        for part in range(parts):
+            start = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - start
+            self._note_failures(batch)
+            set_gradient_sync(self.roots, part == parts - 1)
+            frames_NTCHW = to_frames(batch, self.world.device, self.exact)
+            terms = training_losses(
+                self.model, self.teacher, frames_NTCHW, self.config.loss
+            )
+            (terms["loss"] / parts).backward()
+            values = values.to(frames_NTCHW) + torch.stack(
+                [term.detach() for term in terms.values()]
+            )
+            if not terms["loss"].isfinite():
+                log.warning(f"the loss of this batch is not finite: {batch.sources}")
+        record = dict(zip(terms, mean_over_ranks(values / parts).tolist(), strict=True))
+        record["psnr"] = psnr(torch.tensor(record.pop("mse"))).item()
+        record |= self._update(math.isfinite(record["loss"]))
+        if self.log is not None:
+            seconds = time.monotonic() - begin
+            speed = {
+                "clips_per_second": self.config.training.global_batch_size / seconds,
+                "data_wait": waited / seconds,
+                **_memory_peaks(self.world.device),
+            }
+            self.log.step({"step": self.counts.step, **record}, speed)
+
+    def _update(self, finite: bool) -> dict[str, Any]:
+        """Apply the gradients unless they or the loss are not finite."""
+        settings, step = self.config.optim, self.counts.step
+        norm = full(
+            torch.nn.utils.clip_grad_norm_(
+                self.parameters.values(), settings.max_grad_norm or math.inf
+            )
+        ).item()
+        rate = learning_rate(step, self.config.training.steps, settings)
+        if finite and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.ema.update(step)
+            self.bad_in_row = 0
+        else:
+            self.counts.skipped += 1
+            self.bad_in_row += 1
+            log.warning(f"step {step + 1} is skipped: its gradient is not finite")
+        self.optimizer.zero_grad()
+        self.counts.step += 1
+        self.counts.samples += self.config.training.global_batch_size
+        if self.bad_in_row >= self.config.training.max_bad_steps:
+            raise UserError(
+                f"{self.bad_in_row} steps in a row had no finite gradient: lower "
+                "optim.lr, or look at the clips named above; the last good checkpoint "
+                f"is in {self.checkpointer.folder}"
+            )
+        return {
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "samples": self.counts.samples,
+            "skipped": self.counts.skipped,
+        }
+
+    def _note_failures(self, batch: Batch) -> None:
+        self.bad_clips += len(batch.failures)
+        for failure in batch.failures:
+            if failure.path not in self.bad_files:
+                self.bad_files.add(failure.path)
+                log.warning(f"replaced a clip of a bad video: {failure}")
+
+    # --- judging and handing over --------------------------------------------------
+
+    def _whole_ema(self) -> dict[str, Tensor]:
+        return {name: full(weight) for name, weight in self.ema.weights.items()}
+
+    def _validate(self) -> None:
+        settings = self.config.validation
+        if not settings.clips or not len(self.held_out):
+            return
+        for name, weight in self._whole_ema().items():
+            self.judge.get_parameter(name).data.copy_(weight)
+        batches = validation_batches(
+            self.config.data,
+            self.held_out,
+            clips=range(self.world.rank, settings.clips, self.world.size),
+            total=settings.clips,
+            batch_size=self._local_batch_size(),
+        )
+        result = validate(self.judge, batches, self.world.device)
+        for failure in result.failures if result else ():
+            log.warning(f"left out a held-out clip, {failure}")
+        if result is None:
+            raise UserError(
+                "none of the held-out clips can be decoded: see the reasons above, or "
+                "name other files in data.holdout"
+            )
+        if self.log is not None:
+            self._tell(result)
+
+    def _tell(self, result: ValidationResult) -> None:
+        step = self.counts.step
+        log.info(
+            f"validation at step {step}: PSNR {result.psnr:.2f} dB on {result.clips} "
+            f"held-out clips ({clock(result.seconds)})"
+        )
+        self.log.validation(
+            step,
+            {
+                "psnr": result.psnr,
+                "mean_color_psnr": result.mean_color_psnr,
+                "latent_rms": result.latent_rms,
+                "clips": result.clips,
+                "seconds": result.seconds,
+            },
+        )
+        picture = picture_strip(result.pictures)
+        clip = side_by_side(result.pictures)
+        self.log.picture("validation/input_above_reconstruction", picture, step)
+        self.log.clip(
+            "validation/input_left_of_reconstruction", clip, step, SAMPLE_RATE
+        )
+        samples = self.folder / "samples"
+        samples.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(samples / f"step-{step}.png")
+        looped = side_by_side(result.pictures, repeat=3)
+        write_mp4(samples / f"step-{step}.mp4", looped, SAMPLE_RATE)
+
+    def _finish(self) -> None:
+        """Save if the last step is not saved, export the weights, sum up."""
+        if self.saved_step != self.counts.step:
+            self._save()
+        bad_clips = int(sum_over_ranks(torch.tensor(self.bad_clips)))
+        weights = self._whole_ema()
+        if self.log is None:
+            return
+        self.log.close()
+        if self.counts.step < self.config.training.steps:
+            log.info(
+                f"stopped at step {self.counts.step}: saved to "
+                f"{self.checkpointer.path(self.counts.step)}; the same command goes on"
+            )
+            return
+        self._export(weights)
+        print(self._summary(bad_clips), flush=True)
+
+    def _about(self) -> dict[str, str]:
+        """What the weights are, for whoever loads them."""
+        settings = dumps(self.config).encode()
+        return {
+            "variant": self.config.model.variant,
+            "latent_space": self.model.variant.latent_space if self.teacher else "own",
+            "step": str(self.counts.step),
+            "config_sha256": hashlib.sha256(settings).hexdigest(),
+        }
+
+    def _export(self, weights: dict[str, Tensor]) -> None:
+        for suffix in (".pth", ".safetensors"):
+            path = self.folder / "export" / (self.config.model.variant + suffix)
+            save_weights(path, weights, self._about())
+
+    def _summary(self, bad_clips: int) -> str:
+        folder, step, run = self.folder, self.counts.step, self.log
+        lines = ["", f"{self.config.job.name}: {step} steps done"]
+        if run.validations:
+            first, last = run.validations[0], run.validations[-1]
+            lines += [
+                f"  validation PSNR  {first['psnr']:.2f} dB before, "
+                f"{last['psnr']:.2f} dB after (painting each clip in its mean colour: "
+                f"{last['mean_color_psnr']:.2f} dB)",
+                f"  pictures         {folder}/samples/step-{step}.png",
+                f"  video            {folder}/samples/step-{step}.mp4",
+            ]
+        lines += [
+            f"  weights          {folder}/export/{self.config.model.variant}.pth "
+            "and .safetensors",
+            f"  checkpoint       {self.checkpointer.path(step)}",
+            f"  skipped          {self.counts.skipped} steps, {bad_clips} clips of "
+            "bad videos replaced",
+            f"  curves           tensorboard --logdir {folder}/tensorboard",
+            "  next             train longer: raise --training.steps; on your own "
+            "videos: --data.root FOLDER --job.name NAME",
+        ]
+        return "\n".join(lines)
+
+
+def _memory_peaks(device: torch.device) -> dict[str, float]:
+    """The most memory in GiB that this process has had so far."""
+    peaks = {"host_memory_gib": _host_memory_gib()}
+    if device.type == "cuda":
+        peaks["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return peaks
+
+
+def _host_memory_gib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

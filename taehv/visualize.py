@@ -1,0 +1,74 @@
+"""Pictures and clips of what a model makes of its input."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(frames_TCHW: Tensor) -> np.ndarray:
+    """Frames, RGB in [0, 1], to uint8 frames_THWC."""
+    frames_THWC = frames_TCHW.movedim(1, -1).float().clamp(0, 1)
+    return (frames_THWC * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def picture_strip(
+    clips: list[tuple[Tensor, Tensor]], columns: int = 8, gap: int = 2
+) -> np.ndarray:
+    """Clips under one another, the input's frames above the reconstruction's.
+
+    Args:
+        clips: pairs of input and reconstruction, frames_TCHW, RGB in [0, 1], one shape.
+        columns: frames to show, spread over each clip.
+        gap: white pixels between frames; twice as many between clips.
+
+    Returns:
+        picture_HWC, uint8.
+    """
+    rows = []
+    for pair in clips:
+        shown = np.linspace(0, len(pair[0]) - 1, min(columns, len(pair[0]))).round()
+        for frames_TCHW in pair:
+            frames = to_uint8(frames_TCHW[torch.from_numpy(shown).long()])
+            row = np.pad(
+                frames, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255
+            )
+            rows.append(np.concatenate(list(row), axis=1))
+        rows.append(np.full((gap, *rows[-1].shape[1:]), 255, np.uint8))
+    return np.concatenate(rows[:-1])
+
+
+def side_by_side(clips: list[tuple[Tensor, Tensor]], repeat: int = 1) -> np.ndarray:
+    """Clips after one another, input on the left and reconstruction on the right.
+
+    Args:
+        clips: as in picture_strip.
+        repeat: how often each clip is shown, since training clips are short.
+
+    Returns:
+        frames_THWC, uint8.
+    """
+    pairs = [
+        np.concatenate([to_uint8(frames_TCHW) for frames_TCHW in pair], axis=2)
+        for pair in clips
+    ]
+    return np.concatenate([pair for pair in pairs for _ in range(repeat)])
+
+
+def gif(frames_THWC: np.ndarray, rate: float) -> bytes:
+    """An endless animated GIF, the one moving picture that TensorBoard shows."""
+    images = [Image.fromarray(frame) for frame in frames_THWC]
+    stream = io.BytesIO()
+    images[0].save(
+        stream,
+        "GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=round(1000 / rate),
+        loop=0,
+    )
+    return stream.getvalue()

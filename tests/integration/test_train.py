@@ -1,0 +1,190 @@
+"""Training from the command line to the exported weights, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from PIL import Image
+from safetensors import safe_open
+
+from taehv import TAEHV
+from taehv.video import read_frames
+
+
+@pytest.fixture(scope="module")
+def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
+    """A whole run, and what it printed."""
+    run = Run(
+        tmp_path_factory.mktemp("finished"),
+        videos,
+        training__steps=30,
+        training__global_batch_size=4,
+        optim__ema_decay=0.9,
+        checkpoint__interval=10,
+        checkpoint__keep=2,
+        validation__interval=15,
+        logging__interval=5,
+        data__workers=1,
+    )
+    return run, run.finish()
+
+
+def test_learns(finished: tuple[Run, str]) -> None:
+    run, _ = finished
+    losses = run.losses()
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
+    assert [record["step"] for record in records] == [0, 15, 30]
+    assert records[-1]["psnr"] > records[0]["psnr"] + 1
+    assert records[-1]["clips"] == 2
+
+
+def test_leaves_what_the_summary_names(finished: tuple[Run, str]) -> None:
+    run, output = finished
+    picture = np.asarray(Image.open(run.folder / "samples" / "step-30.png"))
+    # Two clips of five frames: an input row above a reconstruction row each.
+    assert picture.shape == (4 * 18 + 2, 5 * 18, 3)
+    frames = list(read_frames(run.folder / "samples" / "step-30.mp4"))
+    assert len(frames) == 2 * 5 * 3 and frames[0].shape == (16, 32, 3)
+    assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [
+        "step-20",
+        "step-30",
+    ]
+    for name in ("samples/step-30.png", "samples/step-30.mp4", "export/taehv.pth"):
+        assert f"{run.folder}/{name}" in output
+    assert f"tensorboard --logdir {run.folder}/tensorboard" in output
+
+
+def test_export_is_the_averaged_model(finished: tuple[Run, str]) -> None:
+    run, _ = finished
+    exported = torch.load(run.folder / "export/taehv.pth", weights_only=True)
+    model = TAEHV("taehv")
+    model.load_state_dict(exported)
+    again = TAEHV.from_pretrained(run.folder / "export/taehv.safetensors")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key])
+    with safe_open(run.folder / "export/taehv.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["variant"] == "taehv" and metadata["step"] == "30"
+    assert metadata["latent_space"] == "its own"
+
+
+def test_tensorboard(finished: tuple[Run, str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _ = finished
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    losses = events.Scalars("train/loss")
+    assert [event.step for event in losses] == [5, 10, 15, 20, 25, 30]
+    assert losses[-1].value == pytest.approx(run.losses()[-1])
+    for name in ("learning_rate", "grad_norm", "clips_per_second", "data_wait", "psnr"):
+        assert events.Scalars(f"train/{name}")
+    assert [event.step for event in events.Scalars("validation/psnr")] == [0, 15, 30]
+    clip = events.Images("validation/input_left_of_reconstruction")[-1]
+    assert clip.encoded_image_string.startswith(b"GIF8")
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
+def test_written_config_repeats_the_run(
+    finished: tuple[Run, str], tmp_path: Path
+) -> None:
+    run, _ = finished
+    config = run.folder / "config.toml"
+    again = Run(tmp_path, tmp_path)
+    again.settings = {"config": config, "job.output_dir": tmp_path}
+    again.finish(training__steps=30)
+    assert again.metrics() == run.metrics()
+
+
+def test_killed_run_resumes_exactly(
+    finished: tuple[Run, str], videos: Path, tmp_path: Path
+) -> None:
+    reference, _ = finished
+    settings = {k.replace(".", "__"): v for k, v in reference.settings.items()}
+    settings["job__output_dir"] = tmp_path
+    run = Run(tmp_path, videos, **settings)
+    process = run.start()
+    deadline = time.monotonic() + 120
+    while len(run.metrics()) < 13 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = len(run.metrics())
+    assert 13 <= before < 30
+    output = run.finish()
+    assert "resuming from" in output and "step-10" in output
+    assert run.metrics() == reference.metrics()
+    for file in ("taehv.safetensors", "taehv.pth"):
+        ours = TAEHV.from_pretrained(run.folder / "export" / file).state_dict()
+        theirs = TAEHV.from_pretrained(reference.folder / "export" / file).state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_stop_signal_saves_and_the_same_command_goes_on(
+    finished: tuple[Run, str], videos: Path, tmp_path: Path
+) -> None:
+    reference, _ = finished
+    settings = {k.replace(".", "__"): v for k, v in reference.settings.items()}
+    settings["job__output_dir"] = tmp_path
+    run = Run(tmp_path, videos, **settings)
+    process = run.start()
+    while len(run.metrics()) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    stopped = len(run.metrics())
+    assert 3 <= stopped < 10 and f"stopped at step {stopped}" in output
+    assert (run.folder / f"checkpoints/step-{stopped}/.metadata").exists()
+    run.finish()
+    assert run.metrics() == reference.metrics()
+
+
+def test_bad_videos_cost_only_their_clips(videos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for video in videos.iterdir():
+        (folder / video.name).write_bytes(video.read_bytes())
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("not a video")
+    cut = (videos / "a.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(cut[: len(cut) // 3])
+    run = Run(tmp_path, folder, training__steps=10, training__global_batch_size=4)
+    output = run.finish()
+    assert len(run.metrics()) == 10
+    for name in ("empty.mp4", "text.mp4", "cut.mp4"):
+        assert output.count(f"{folder}/{name}") == 1, output
+    (line,) = [line for line in output.splitlines() if "clips of bad videos" in line]
+    assert int(line.split("steps, ")[1].split()[0]) >= 3
+
+
+MISTAKES = {
+    "unknown setting": ({"training.stpes": 5}, "did you mean --training.steps"),
+    "missing folder": ({"data.root": "no/such/folder"}, "data.root"),
+    "missing weights": ({"model.checkpoint": "none.pth"}, "none.pth"),
+    "crop": ({"data.height": 20}, "multiple of 8"),
+    "no GPU": ({"training.device": "cuda"}, "training.device"),
+    "no holdout": ({"data.holdout": "nothing*"}, "data.holdout"),
+    "output": ({"job.output_dir": "/proc/none"}, "job.output_dir"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(videos: Path, tmp_path: Path, mistake: str) -> None:
+    if mistake == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    settings, told = MISTAKES[mistake]
+    run = Run(tmp_path, videos)
+    run.settings |= settings
+    lines = [line for line in run.finish(code=2).splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert told in lines[0]

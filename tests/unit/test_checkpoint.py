@@ -1,0 +1,369 @@
+"""Checkpoints: whole or not there, and never run."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+)
+
+from taehv.checkpoint import (
+    METADATA,
+    Checkpointer,
+    SafeReader,
+    complete_steps,
+    load_weights,
+    save_weights_only,
+    training_state,
+    write_about,
+)
+from taehv.config import Checkpoint, Optim, Parallelism
+from taehv.distributed import started
+from taehv.errors import UserError
+from taehv.optim import Ema, build_optimizer
+
+State = dict[str, dict[str, Tensor]]
+ABOUT = {"variant": "taehv", "step": "3"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process_group() -> Iterator[None]:
+    """Saving is a collective, here of one process."""
+    with started(Parallelism(), "cpu"):
+        yield
+
+
+def state_of(seed: int, inputs: int = 3, **counts: int) -> State:
+    """The state of a tiny model after one step; all tensors depend on the seed."""
+    torch.manual_seed(seed)
+    model = nn.Linear(inputs, 2)
+    optimizer = build_optimizer(model.parameters(), Optim(lr=0.1))
+    ema = Ema(dict(model.named_parameters()), 0.5)
+    model(torch.randn(4, inputs)).square().sum().backward()
+    optimizer.step()
+    ema.update(9)
+    return training_state(model, ema, optimizer, counts or {"step": seed})
+
+
+def saved(folder: Path, *steps: int, keep: int = 0) -> Checkpointer:
+    """Checkpoints of these steps, the state of each having the step as its seed."""
+    checkpointer = Checkpointer(folder, Checkpoint(keep=keep))
+    for step in steps:
+        checkpointer.save(step, state_of(step), ABOUT)
+    return checkpointer
+
+
+def assert_equal(given: State, expected: State) -> None:
+    assert given.keys() == expected.keys()
+    for group in expected:
+        assert given[group].keys() == expected[group].keys()
+        for name, value in expected[group].items():
+            assert torch.equal(given[group][name], value), (group, name)
+
+
+def refusals(checkpointer: Checkpointer, step: int) -> list[str]:
+    """What both ways to read a checkpoint refuse it with, each in one line."""
+    told = []
+    for read in (
+        lambda: checkpointer.load(step, state_of(0)),
+        lambda: load_weights(checkpointer.path(step)),
+    ):
+        with pytest.raises(UserError) as raised:
+            read()
+        told.append(str(raised.value))
+        assert len(told[-1].splitlines()) == 1
+        assert str(checkpointer.path(step)) in told[-1]
+    return told
+
+
+# Saving and loading
+
+
+def test_a_state_is_filled_in_place(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 7)
+    state = state_of(1)
+    before = {(g, n): t.data_ptr() for g in state for n, t in state[g].items()}
+    checkpointer.load(7, state)
+    assert_equal(state, state_of(7))
+    after = {(g, n): t.data_ptr() for g in state for n, t in state[g].items()}
+    assert after == before
+
+
+def test_a_state_is_all_that_a_run_goes_on_from() -> None:
+    state = state_of(3, step=5, samples=80)
+    assert state["counts"] == {"step": 5, "samples": 80}
+    names = {"weight", "bias"}
+    assert set(state["model"]) == set(state["ema"]) == names
+    keys = {"step", "exp_avg", "exp_avg_sq"}
+    assert set(state["optimizer"]) == {f"{n}.{k}" for n in names for k in keys}
+    assert state["optimizer"]["weight.exp_avg"].any()
+    assert not torch.equal(state["model"]["weight"], state["ema"]["weight"])
+
+
+def test_the_reader_reads_what_dcp_wrote(tmp_path: Path) -> None:
+    numbers = {f"{dtype}": torch.arange(6).to(dtype) for dtype in DTYPES}
+    dcp.save({"model": numbers}, storage_writer=dcp.FileSystemWriter(tmp_path))
+    empty = {name: torch.zeros_like(value) for name, value in numbers.items()}
+    dcp.load({"model": empty}, storage_reader=SafeReader(tmp_path))
+    assert_equal({"model": empty}, {"model": numbers})
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
+
+
+def test_weights_alone(tmp_path: Path) -> None:
+    path = saved(tmp_path, 7).path(7)
+    for group, chosen in ((None, "ema"), ("ema", "ema"), ("model", "model")):
+        weights, about = load_weights(path, group)
+        assert_equal({"": weights}, {"": state_of(7)[chosen]})
+        assert about == ABOUT
+
+
+def test_weights_without_a_training(tmp_path: Path) -> None:
+    weights = state_of(1)["model"]
+    save_weights_only(tmp_path / "new", weights, {"variant": "taecvx"})
+    again, about = load_weights(tmp_path / "new")
+    assert_equal({"": again}, {"": weights})
+    assert about == {"variant": "taecvx"}
+    with pytest.raises(UserError, match="holds no ema weights"):
+        load_weights(tmp_path / "new", "ema")
+
+
+def test_about_may_be_missing_but_not_damaged(tmp_path: Path) -> None:
+    path = saved(tmp_path, 7).path(7)
+    (path / "about.json").unlink()
+    assert load_weights(path)[1] == {}
+    write_about(path, ABOUT)
+    text = (path / "about.json").read_text()
+    (path / "about.json").write_text(text[:-3])
+    with pytest.raises(UserError, match=r"about\.json is damaged"):
+        load_weights(path)
+
+
+# Which checkpoints there are
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"), [(2, [10, 100]), (1, [100]), (0, [2, 9, 10, 100])]
+)
+def test_the_newest_are_kept(tmp_path: Path, keep: int, kept: list[int]) -> None:
+    checkpointer = saved(tmp_path, 2, 9, 10, 100, keep=keep)
+    assert checkpointer.steps() == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"step-{step}" for step in kept
+    )
+
+
+def test_an_incomplete_checkpoint_is_none(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 1, 2, 3)
+    (checkpointer.path(3) / METADATA).unlink()
+    for name in ("step-x", "step-", "other"):
+        shutil.copytree(checkpointer.path(1), tmp_path / name)
+    assert complete_steps(tmp_path) == checkpointer.steps() == [1, 2]
+    assert complete_steps(tmp_path / "nowhere") == []
+
+
+def test_an_incomplete_checkpoint_counts_for_nothing_in_keep(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 1, 2)
+    checkpointer.keep = 2
+    (tmp_path / "step-3").mkdir()
+    checkpointer.save(4, state_of(4), ABOUT)
+    assert checkpointer.steps() == [2, 4]
+
+
+def test_stray_shards_do_not_enter_a_later_save(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 3)
+    path = checkpointer.path(3)
+    (path / METADATA).unlink()
+    (path / "__7_0.distcp").write_bytes(b"of an interrupted save of more processes")
+    checkpointer.save(3, state_of(4), ABOUT)
+    assert {p.name for p in path.iterdir()} == {METADATA, "about.json", "__0_0.distcp"}
+    state = state_of(0)
+    checkpointer.load(3, state)
+    assert_equal(state, state_of(4))
+
+
+# Damage
+
+
+def test_cut_metadata(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 3)
+    path = checkpointer.path(3) / METADATA
+    whole = path.read_bytes()
+    for length in (0, 1, 2, 11, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        for told in refusals(checkpointer, 3):
+            assert f"{path} is not a checkpoint's metadata" in told
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"PK\x03\x04 a zip file",
+        b"I am a text\n",
+        b"Pers\n.",
+        b"\x80\x05\x8c\x02\xff\xfe.",
+        b"\x80\x68.",
+        b"\x80\x04)R.",
+        b"\x80\x04\x8c\x01a)R.",
+        b"\x80\x04C\x01aK\x01a.",
+        b"h\x07.",
+        pickle.dumps(torch.strided).replace(b"torch.strided", b"torch.striped"),
+        b"\x80\x04\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",
+        pickle.dumps({"model": 1}),
+        pickle.dumps(torch.Size([3])),
+    ],
+)
+def test_something_else_for_metadata(tmp_path: Path, content: bytes) -> None:
+    checkpointer = saved(tmp_path, 3)
+    (checkpointer.path(3) / METADATA).write_bytes(content)
+    for told in refusals(checkpointer, 3):
+        assert "is not a checkpoint's metadata" in told
+
+
+def test_missing_metadata(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 3)
+    (checkpointer.path(3) / METADATA).unlink()
+    assert all("No such file" in told for told in refusals(checkpointer, 3))
+
+
+def test_a_cut_missing_or_overwritten_shard(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 3)
+    shard = checkpointer.path(3) / "__0_0.distcp"
+    whole = shard.read_bytes()
+    for content in (b"", whole[:100], b"x" * len(whole)):
+        shard.write_bytes(content)
+        for told in refusals(checkpointer, 3):
+            assert "delete that folder, and take the checkpoint before it" in told
+    shard.write_bytes(whole[: len(whole) * 9 // 10])
+    with pytest.raises(UserError, match="is damaged"):
+        checkpointer.load(3, state_of(0))
+    shard.unlink()
+    assert all("__0_0.distcp" in told for told in refusals(checkpointer, 3))
+
+
+def test_another_models_checkpoint(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 3)
+    with pytest.raises(UserError) as raised:
+        checkpointer.load(3, state_of(0, inputs=4))
+    told = str(raised.value)
+    assert "it has model.weight as [2, 3] and not as [2, 4]" in told
+    assert "another --job.name" in told and "\n" not in told
+    with pytest.raises(UserError, match=r"counts\.files as nothing and not as \[\]"):
+        checkpointer.load(3, state_of(0, step=1, files=2))
+
+
+# Malice
+
+
+class Command:
+    """Runs a shell command where a careless reader unpickles it."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self.command,)
+
+
+def pushed(text: str) -> bytes:
+    """The operation of a pickle that puts a text on its stack."""
+    encoded = text.encode()
+    return pickle.BINUNICODE + len(encoded).to_bytes(4, "little") + encoded
+
+
+def named(module: str, name: str) -> bytes:
+    """The beginning of a pickle of protocol 4 that looks up a name."""
+    return b"\x80\x04" + pushed(module) + pushed(name) + pickle.STACK_GLOBAL
+
+
+def by_dotted_name(command: str) -> bytes:
+    """Calls an imported module's function through the name of a module that is let in.
+
+    From protocol 4 on, pickle looks up "os.system" inside of the module.
+    """
+    system = named("torch.distributed.checkpoint.filesystem", "os.system")
+    return system + pushed(command) + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+
+
+def test_the_dotted_name_is_a_real_threat(tmp_path: Path) -> None:
+    """Else the test below would prove nothing."""
+    marker = tmp_path / "marker"
+    pickle.loads(by_dotted_name(f"touch {marker}"))
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, "dotted name"])
+def test_hostile_metadata_is_not_run(tmp_path: Path, protocol: int | str) -> None:
+    checkpointer, marker = saved(tmp_path, 3), tmp_path / "marker"
+    command = f"touch {marker}"
+    hostile = (
+        pickle.dumps(Command(command), protocol)
+        if isinstance(protocol, int)
+        else by_dotted_name(command)
+    )
+    (checkpointer.path(3) / METADATA).write_bytes(hostile)
+    for told in refusals(checkpointer, 3):
+        assert "system' does not belong there" in told
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("builtins", "eval"),
+        ("torch", "load"),
+        ("torch", "float32.__class__"),
+        ("torch.serialization", "load"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("pathlib", "os.system"),
+        ("a\nb", "c"),
+    ],
+)
+def test_other_names_are_refused(tmp_path: Path, module: str, name: str) -> None:
+    checkpointer = saved(tmp_path, 3)
+    hostile = named(module, name) + pickle.STOP
+    (checkpointer.path(3) / METADATA).write_bytes(hostile)
+    for told in refusals(checkpointer, 3):
+        assert "does not belong there" in told
+
+
+def disguise_as_bytes(path: Path, key: str, payload: bytes) -> None:
+    """Store bytes in the place of a tensor, whose size their metadata claims.
+
+    DCP unpickles what is stored as bytes.
+    """
+    metadata: Metadata = pickle.loads((path / METADATA).read_bytes())
+    size = metadata.state_dict_metadata[key].size
+    metadata.state_dict_metadata[key] = BytesStorageMetadata()
+    metadata.state_dict_metadata[key].size = size
+    (index,) = [i for i in metadata.storage_data if i.fqn == key]
+    info = metadata.storage_data.pop(index)
+    info.relative_path, info.offset, info.length = "payload", 0, len(payload)
+    metadata.storage_data[MetadataIndex(key)] = info
+    (path / "payload").write_bytes(payload)
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def test_bytes_in_the_place_of_a_tensor_are_not_run(tmp_path: Path) -> None:
+    checkpointer, marker = saved(tmp_path, 3), tmp_path / "marker"
+    payload = io.BytesIO()
+    torch.save(Command(f"touch {marker}"), payload)
+    path = checkpointer.path(3)
+    disguise_as_bytes(path, "model.weight", payload.getvalue())
+    with pytest.raises(UserError, match=r"it has model\.weight as nothing"):
+        checkpointer.load(3, state_of(0))
+    assert set(load_weights(path, "model")[0]) == {"bias"}
+    assert not marker.exists()
