@@ -131,9 +131,9 @@ class Optim:
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from zero."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate from the end of the warm-up to the last step."""
+    """Course of the learning rate from the end of the warm-up to the end."""
     final_lr_scale: float = 0.0
-    """Learning rate at the last step, as a share of lr (linear and cosine)."""
+    """Where linear and cosine schedules end, after the last step, as a share of lr."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it; 0 is off."""
     ema_decay: float = 0.999

@@ -89,7 +89,17 @@ def reconstruction_loss(
 
 
 def latent_loss(latents_NTCHW: Tensor, teacher_NTCHW: Tensor) -> Tensor:
-    """Mean squared error to the teacher's normalised latents."""
+    """Mean squared error to the teacher's normalised latents.
+
+    Raises:
+        ValueError: the teacher gives another number or size of latents.
+    """
+    if latents_NTCHW.shape != teacher_NTCHW.shape:
+        raise ValueError(
+            f"the student makes latents of N T C H W {tuple(latents_NTCHW.shape)}, the "
+            f"teacher {tuple(teacher_NTCHW.shape)}: choose data.frames and a variant "
+            "that suit the teacher"
+        )
     return F.mse_loss(latents_NTCHW, teacher_NTCHW)
 
 

@@ -76,6 +76,8 @@ class Check:
             "validation.interval": 10**6,
             "checkpoint.interval": 10**6,
             "logging.interval": 1,
+            # Low, since a high rate makes a chaos of the smallest difference.
+            "optim.lr": 1e-4,
         }
         if cpu:
             self.base |= {

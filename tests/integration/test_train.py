@@ -75,7 +75,7 @@ def test_export_is_the_averaged_model(finished: tuple[Run, str]) -> None:
     with safe_open(run.folder / "export/taehv.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["variant"] == "taehv" and metadata["step"] == "30"
-    assert metadata["latent_space"] == "its own"
+    assert metadata["latent_space"] == "own"
 
 
 def test_tensorboard(finished: tuple[Run, str]) -> None:

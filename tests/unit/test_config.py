@@ -1,0 +1,475 @@
+"""Settings: what takes precedence, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import taehv.config
+from taehv.config import LIMITS, Config, dumps, load_config
+from taehv.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+DEFAULTS = {
+    f"{section}.{name}": value
+    for section, values in asdict(Config()).items()
+    for name, value in values.items()
+}
+TRICKY = 'say "hi" # = [x]\\n\n\ttab \x00\x1f\x7f\x85\u2028 Grüße 映像 \U0001f39e \\'
+
+UNUSUAL: dict[str, Any] = {
+    "job.name": TRICKY,
+    "job.output_dir": TRICKY + "/",
+    "model.variant": "taeltx2_3_wide",
+    "model.checkpoint": "C:\\weights\\new.pth",
+    "teacher.kind": "a.b:'C'",
+    "teacher.path": '"""',
+    "data.root": "'''",
+    "data.annotations": "true",
+    "data.holdout": ["a, b.mp4", TRICKY, "[!x]*"],
+    "data.holdout_fraction": 1.0,
+    "data.frames": 9,
+    "data.height": 96,
+    "data.width": 1_600_000_000_000,
+    "data.stride": [2, 2],
+    "data.crop_scale": [0.1 + 0.2, 1 / 3 + 0.5],
+    "data.flip": 5e-324,
+    "data.color_jitter": 1e-7,
+    "data.crops_per_window": 2,
+    "data.workers": 0,
+    "data.prefetch": 10**20,
+    "training.steps": 1,
+    "training.seed": 2**63 - 1,
+    "training.global_batch_size": 24,
+    "training.local_batch_size": 4,
+    "training.precision": "fp64",
+    "training.device": "cpu",
+    "training.max_bad_steps": 1,
+    "optim.lr": 1.7976931348623157e308,
+    "optim.betas": [0.0, 0.9999999999999999],
+    "optim.eps": 1e22,
+    "optim.weight_decay": 123456789.123456789,
+    "optim.warmup_steps": 0,
+    "optim.schedule": "linear",
+    "optim.final_lr_scale": 0.1,
+    "optim.max_grad_norm": 0.0,
+    "optim.ema_decay": 1.0,
+    "loss.reconstruction": "charbonnier",
+    "loss.reconstruction_weight": 2 / 3,
+    "loss.latent_weight": 1e16,
+    "loss.latent_scale_weight": 1e-5,
+    "parallelism.mode": "hsdp",
+    "parallelism.shard_size": 3,
+    "parallelism.cpu_offload": True,
+    "compile.enable": False,
+    "checkpoint.interval": 1,
+    "checkpoint.keep": 0,
+    "checkpoint.resume": False,
+    "validation.interval": 7,
+    "validation.clips": 0,
+    "logging.interval": 3,
+}
+"""A legal value of every setting that a careless writer or reader would spoil."""
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of section.setting."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def toml_file(folder: Path, text: str) -> str:
+    """The option that reads a file of this text."""
+    path = folder / "settings.toml"
+    path.write_text(text, encoding="utf-8")
+    return f"--config={path}"
+
+
+def refusal(argv: list[str], world_size: int = 1) -> str:
+    """What a command line is refused with, which must be one line."""
+    with pytest.raises(UserError) as raised:
+        load_config(argv, world_size)
+    text = str(raised.value)
+    assert len(text.splitlines()) == 1 and text.strip() == text
+    return text
+
+
+# Precedence
+
+
+def test_command_line_over_file_over_default(tmp_path: Path) -> None:
+    text = "[optim]\nlr = 0.5\nwarmup_steps = 7\n[data]\nstride = [2, 4]\n"
+    config = load_config(["--optim.lr=0.25", toml_file(tmp_path, text)], 1)
+    assert config.optim.lr == 0.25
+    assert config.optim.warmup_steps == 7 and config.data.stride == [2, 4]
+    assert config.optim.eps == 1e-8 and config.data.frames == 13
+
+
+def test_defaults_are_shared_by_no_two_configs() -> None:
+    first, second = load_config([], 1), load_config([], 1)
+    first.data.stride.append(9)
+    first.optim.lr = 9.0
+    assert second == Config()
+
+
+def test_world_size_is_that_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="multiple of the 3 processes: take 18"):
+        load_config([])
+
+
+# Round trip
+
+
+def test_unusual_values_are_unusual() -> None:
+    assert set(UNUSUAL) == set(DEFAULTS)
+    assert [key for key in UNUSUAL if UNUSUAL[key] == DEFAULTS[key]] == []
+
+
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    config = Config()
+    for key, value in UNUSUAL.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    again = load_config([toml_file(tmp_path, dumps(config))], world_size=6)
+    for key, value in UNUSUAL.items():
+        assert (get(again, key), type(get(again, key))) == (value, type(value)), key
+
+
+def test_every_setting_can_be_set_on_the_command_line() -> None:
+    argv = [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in UNUSUAL.items()
+        if key != "data.holdout"  # TOML lacks some of JSON's escapes
+    ]
+    config = load_config([*argv, "--data.holdout=a.mp4"], world_size=6)
+    for key, value in {**UNUSUAL, "data.holdout": ["a.mp4"]}.items():
+        assert get(config, key) == value, key
+
+
+# Values on the command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "value"),
+    [
+        (["--data.stride", "1,3"], "data.stride", [1, 3]),
+        (["--data.stride=2, 5"], "data.stride", [2, 5]),
+        (["--data.stride", "[2, 5]"], "data.stride", [2, 5]),
+        (["--data.crop_scale", "1,1"], "data.crop_scale", [1.0, 1.0]),
+        (["--data.holdout", "a.mp4"], "data.holdout", ["a.mp4"]),
+        (["--data.holdout", "test/*,7"], "data.holdout", ["test/*", "7"]),
+        (["--data.holdout", '["a,b.mp4"]'], "data.holdout", ["a,b.mp4"]),
+        (["--data.holdout=[]"], "data.holdout", []),
+        (["--data.root", "7"], "data.root", "7"),
+        (["--data.root", "true"], "data.root", "true"),
+        (["--data.root="], "data.root", ""),
+        (["--job.name", "-1"], "job.name", "-1"),
+        (["--data.workers", "-1"], "data.workers", -1),
+        (["--optim.lr", "1e-3"], "optim.lr", 1e-3),
+        (["--optim.lr", "2"], "optim.lr", 2.0),
+        (["--training.steps", "10_000"], "training.steps", 10_000),
+        (["--training.steps=5", "--training.steps=6"], "training.steps", 6),
+        (["--parallelism.cpu_offload"], "parallelism.cpu_offload", True),
+        (["--parallelism.cpu_offload", "False"], "parallelism.cpu_offload", False),
+        (["--checkpoint.resume=false"], "checkpoint.resume", False),
+        (["--checkpoint.resume", "--job.name=x"], "checkpoint.resume", True),
+        (["--compile.enable"], "compile.enable", True),
+        (["--compile.enable", "auto"], "compile.enable", "auto"),
+        (["--compile.enable", "TRUE"], "compile.enable", True),
+    ],
+)
+def test_values_on_the_command_line(argv: list[str], key: str, value: object) -> None:
+    found = get(load_config(argv, 1), key)
+    assert found == value and type(found) is type(value)
+
+
+def test_negative_numbers_reach_the_check_of_their_setting() -> None:
+    assert refusal(["--optim.lr", "-1e-3"]) == "optim.lr = -0.001 must be at least 0"
+    assert "data.stride = [-1, 3] must be" in refusal(["--data.stride", "-1,3"])
+
+
+# Wrong types
+
+WRONG = [
+    ("training.steps", "true", "an integer"),
+    ("training.steps", "5.0", "an integer"),
+    ("training.steps", '"5"', "an integer"),
+    ("training.steps", "[5]", "an integer"),
+    ("training.steps", "1979-05-27", "an integer"),
+    ("optim.lr", "true", "a number"),
+    ("optim.lr", '"1e-3"', "a number"),
+    ("optim.lr", "nan", "a number"),
+    ("optim.lr", "-inf", "a number"),
+    ("parallelism.cpu_offload", "1", "true or false"),
+    ("parallelism.cpu_offload", '"yes"', "true or false"),
+    ("compile.enable", "1", 'true or false or "auto"'),
+    ("compile.enable", '"on"', 'true or false or "auto"'),
+    ("parallelism.mode", '"ddp"', '"replicate" or "fsdp" or "hsdp"'),
+    ("parallelism.mode", '["fsdp"]', '"replicate" or "fsdp" or "hsdp"'),
+    ("training.precision", "16", '"auto" or "bf16" or "fp32" or "fp64"'),
+    ("data.stride", "[1, 2.5]", "a list, each an integer"),
+    ("data.stride", "[1, true]", "a list, each an integer"),
+    ("data.stride", '["1", "3"]', "a list, each an integer"),
+    ("data.crop_scale", '["small", "large"]', "a list, each a number"),
+    ("data.crop_scale", "[[0.5, 1.0]]", "a list, each a number"),
+]
+WRONG_IN_A_FILE_ALONE = [
+    ("data.stride", "3", "a list, each an integer"),
+    ("data.holdout", '"a.mp4"', "a list, each a text"),
+    ("data.holdout", "[1]", "a list, each a text"),
+    ("job.name", "5", "a text"),
+    ("job.name", "{a = 1}", "a text"),
+    ("parallelism.cpu_offload", '"true"', "true or false"),
+]
+
+
+@pytest.mark.parametrize(("key", "text", "wanted"), WRONG + WRONG_IN_A_FILE_ALONE)
+def test_wrong_type_in_a_file(tmp_path: Path, key: str, text: str, wanted: str) -> None:
+    section, name = key.split(".")
+    told = refusal([toml_file(tmp_path, f"[{section}]\n{name} = {text}\n")])
+    default = json.dumps(DEFAULTS[key])
+    assert told.startswith(f"{tmp_path / 'settings.toml'}: {key} = ")
+    assert told.endswith(f"must be {wanted} (the default is {default})")
+
+
+@pytest.mark.parametrize(("key", "text", "wanted"), WRONG)
+def test_wrong_type_on_the_command_line(key: str, text: str, wanted: str) -> None:
+    told = refusal([f"--{key}={text}"])
+    assert told.startswith(f"the command line: {key} = ") and wanted in told
+
+
+# Unknown names
+
+
+@pytest.mark.parametrize(
+    ("unknown", "nearest"),
+    [
+        ("training.stpes", "training.steps"),
+        ("data.rot", "data.root"),
+        ("trainin.seed", "training.seed"),
+        ("training.lr", "optim.lr"),
+        ("model.stride", "data.stride"),
+        ("training.warmup_steps", "optim.warmup_steps"),
+        ("logging.keep", "checkpoint.keep"),
+        ("loging.interval", "logging.interval"),
+    ],
+)
+def test_the_nearest_setting_is_named(
+    tmp_path: Path, unknown: str, nearest: str
+) -> None:
+    long = "/a/long/folder/that/resembles/no/setting/at/all"
+    for argv in ([f"--{unknown}", long], [f"--{unknown}={long}"]):
+        expected = f"unknown setting --{unknown}: did you mean --{nearest}?"
+        assert refusal(argv) == expected
+    section, name = unknown.split(".")
+    if section in asdict(Config()):
+        told = refusal([toml_file(tmp_path, f"[{section}]\n{name} = 1\n")])
+        assert told.endswith(f"unknown setting {unknown}: did you mean {nearest}?")
+
+
+def test_a_setting_without_its_section() -> None:
+    assert "did you mean --training.steps?" in refusal(["--steps", "5"])
+    assert "did you mean --optim.lr?" in refusal(["--lr=5"])
+
+
+def test_a_setting_like_no_other_lists_them_all() -> None:
+    told = refusal(["--zzzzzzzz=1"])
+    assert all(f"--{key}" in told for key in DEFAULTS)
+
+
+def test_abbreviations_are_no_settings() -> None:
+    assert "did you mean --training.steps?" in refusal(["--training.step=5"])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[optimizer]\n", "unknown section [optimizer]: did you mean optim?"),
+        ("steps = 5\n", "unknown section [steps]"),
+        ("data = 5\n", "data is a section: write [data]"),
+        ("[data.video]\nframes = 5\n", "unknown setting data.video"),
+        ("[data\n", "is not valid TOML"),
+        ("[data]\nframes = 5\nframes = 6\n", "is not valid TOML"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, text: str, told: str) -> None:
+    assert told in refusal([toml_file(tmp_path, text)])
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert refusal([f"--config={tmp_path}/no.toml"]).endswith("no.toml: no such file")
+    assert "directory" in refusal([f"--config={tmp_path}"])
+    (tmp_path / "latin.toml").write_bytes('[job]\nname = "Gr\xfc"'.encode("latin-1"))
+    assert "UTF-8" in refusal([f"--config={tmp_path}/latin.toml"])
+
+
+@pytest.mark.parametrize("argv", [["stray"], ["--job.name"], ["--data.stride="]])
+def test_malformed_command_lines(argv: list[str]) -> None:
+    assert argv[0].strip("-=") in refusal(argv)
+
+
+# Rules
+
+
+def test_every_single_number_has_limits() -> None:
+    numbers = {key for key, value in DEFAULTS.items() if type(value) in (int, float)}
+    assert set(LIMITS) == numbers
+
+
+@pytest.mark.parametrize("key", LIMITS)
+def test_limits_hold(key: str) -> None:
+    low, high = LIMITS[key]
+    for value, bound in ((low - 1, low), (high + 1, high)):
+        if math.isfinite(value):
+            told = refusal([f"--{key}={value}"])
+            assert told.startswith(f"{key} = ") and str(bound) in told
+
+
+@pytest.mark.parametrize("key", ["holdout_fraction", "flip", "color_jitter"])
+@pytest.mark.parametrize("value", [0, 1])
+def test_limits_themselves_are_legal(key: str, value: int) -> None:
+    assert get(load_config([f"--data.{key}={value}"], 1), f"data.{key}") == value
+
+
+RULES = [
+    (1, "--data.stride=1", "data.stride = [1] must be two numbers"),
+    (1, "--data.stride=1,2,3", "must be two numbers"),
+    (1, "--data.stride=[]", "must be two numbers"),
+    (1, "--data.stride=3,1", "smallest and largest, from 1"),
+    (1, "--data.stride=0,1", "smallest and largest, from 1"),
+    (1, "--data.crop_scale=0.5,1.1", "from 0.01 to 1"),
+    (1, "--data.crop_scale=0,1", "from 0.01 to 1"),
+    (1, "--optim.betas=0.9", "two numbers from 0 to below 1"),
+    (1, "--optim.betas=0.9,1", "two numbers from 0 to below 1"),
+    (1, "--optim.betas=-0.1,0.9", "two numbers from 0 to below 1"),
+    (1, "--job.name=", "job.name = '' must be a folder's name"),
+    (1, "--job.name=/runs/a", "must be a folder's name"),
+    (1, "--model.variant=taew21", "did you mean taew2_1?"),
+    (1, "--data.height=20", "multiple of 8, the space factor of taehv: take 16 or 24"),
+    (1, "--data.width=7", "multiple of 8, the space factor of taehv: take 8"),
+    (1, "--model.variant=taew2_2 --data.width=40", "multiple of 16"),
+    (1, "--model.variant=taew2_2 --data.width=40", "take 32 or 48"),
+    (1, "--model.variant=taeltx_2 --data.height=80", "take 64 or 96"),
+    (3, "--training.steps=1", "multiple of the 3 processes: take 18"),
+    (32, "--training.steps=1", "multiple of the 32 processes: take 32"),
+    (2, "--training.local_batch_size=3", "must divide the 8 clips that each of 2"),
+    (1, "--training.local_batch_size=32", "must divide the 16 clips"),
+    (4, "--data.crops_per_window=3", "must divide the 4 clips"),
+    (1, "--data.crops_per_window=4 --training.local_batch_size=2", "the 2 clips"),
+    (1, "--parallelism.shard_size=2", "is for mode hsdp; leave it at 0 for replicate"),
+    (2, "--parallelism.mode=fsdp --parallelism.shard_size=2", "at 0 for fsdp"),
+    (8, "--parallelism.mode=hsdp", "in mode hsdp: take one of 1, 2, 4, 8"),
+    (4, "--parallelism.mode=hsdp --parallelism.shard_size=3", "one of 1, 2, 4"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "line", "told"), RULES)
+def test_rules_name_the_cure(world_size: int, line: str, told: str) -> None:
+    assert told in refusal(line.split(), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "line"),
+    [
+        (3, "--training.global_batch_size=18"),
+        (2, "--training.local_batch_size=4"),
+        (4, "--data.crops_per_window=4"),
+        (1, "--data.crops_per_window=2 --training.local_batch_size=2"),
+        (4, "--parallelism.mode=hsdp --parallelism.shard_size=2"),
+        (1, "--model.variant=taeltx_2 --data.height=64 --data.width=96"),
+        (1, "--data.stride=1,1 --data.crop_scale=1,1 --optim.betas=0,0"),
+    ],
+)
+def test_the_cures_cure(world_size: int, line: str) -> None:
+    load_config(line.split(), world_size)
+
+
+# As a program
+
+
+def program(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the check of a command line as run_train.sh does."""
+    return subprocess.run(
+        [sys.executable, "-m", "taehv.config", *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=60,
+    )
+
+
+def test_a_mistake_ends_with_code_2_and_one_line() -> None:
+    done = program("--training.lr=1")
+    expected = "error: unknown setting --training.lr: did you mean --optim.lr?\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+    done = program("--data.crops_per_window=3", WORLD_SIZE="4")
+    assert done.returncode == 2 and "the 4 clips" in done.stderr
+
+
+def test_a_good_command_line_ends_silently() -> None:
+    done = program("--optim.lr=1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_configs_that_come_along_are_legal() -> None:
+    paths = sorted(ROOT.glob("train_configs/*.toml"))
+    for path in paths:
+        load_config([f"--config={path}"], 1)
+    assert paths
+
+
+def test_help_explains_every_setting() -> None:
+    done = program("--help", COLUMNS="10000", NO_COLOR="1")
+    assert done.returncode == 0 and done.stderr == ""
+    text = " ".join(done.stdout.split())
+    for key, default in DEFAULTS.items():
+        ending = re.escape(f"(default: {json.dumps(default)})")
+        found = re.search(rf"--{key} (\S+) ((?:(?!--\w).)+?) {ending}", text)
+        assert found and len(found[2]) > 20, key
+    assert "--data.frames INT Length of a training clip, in frames. (def" in text
+    assert "--parallelism.mode replicate|fsdp|hsdp replicate: every process" in text
+    assert "--data.stride INT,... Smallest" in text
+
+
+# The source
+
+
+def test_every_setting_is_explained_in_the_source() -> None:
+    tree = ast.parse(Path(taehv.config.__file__).read_text())
+    sections = {type(section) for section in vars(Config()).values()}
+    bodies = {
+        node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)
+    }
+    assert len(sections) == len(fields(Config))
+    for section in sections:
+        body = bodies[section.__name__]
+        explained = {
+            above.target.id
+            for above, below in zip(body, body[1:], strict=False)
+            if isinstance(above, ast.AnnAssign)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value.value, str)
+        }
+        assert explained == {field.name for field in fields(section)}
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    read = {
+        node.attr
+        for path in Path(taehv.config.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    assert {key.split(".")[1] for key in DEFAULTS} <= read
