@@ -1,9 +1,10 @@
 # Sourced from the repository's root by run_train.sh and tests/run.sh: chooses the
-# Python to use, and on a machine without PyTorch makes an environment in .venv.
+# Python to use, and where something is missing makes an environment in .venv.
 
 requirements=${requirements:-requirements.txt}
+packages=${packages:-torch, torchvision, av, diffusers, numpy, PIL, safetensors, tensorboard, tomli, torchmetrics, tqdm}
 
-if [ ! -e .venv ] && python3 -c 'import torch' 2>/dev/null; then
+if [ ! -e .venv ] && python3 -c "import $packages" 2>/dev/null; then
     PYTHON=python3
 else
     PYTHON=.venv/bin/python
@@ -11,12 +12,15 @@ else
         echo "error: Python 3.10 or newer is needed: $(python3 --version 2>&1)" >&2
         exit 2
     fi
-    # The copy is made last, so that an interrupted or outdated install is taken up.
+    # The note is written last, so that an interrupted or outdated install is taken up.
+    wanted=$(cat requirements.txt "$requirements")
     installed=.venv/installed-${requirements//\//-}
-    if ! cmp -s "$requirements" "$installed"; then
+    if [ "$wanted" != "$(cat "$installed" 2>/dev/null)" ]; then
         echo "installing into .venv, which takes a few minutes and about 6 GB" >&2
-        python3 -m venv .venv
+        # A PyTorch that the machine has is kept.
+        python3 -c 'import torch' 2>/dev/null && system=--system-site-packages
+        python3 -m venv ${system:-} .venv
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements"
-        cp "$requirements" "$installed"
+        printf '%s' "$wanted" > "$installed"
     fi
 fi

@@ -9,7 +9,7 @@
 #   NNODES          nodes               (1)
 #   NODE_RANK       this node's number  (0)
 #   RDZV_ENDPOINT   host:port of node 0 (only for several nodes)
-#   LOG_RANK        local ranks, comma-separated, whose output is shown (0)
+#   LOG_RANK        show the output of these local ranks alone, such as 0 or 0,1
 set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
@@ -18,20 +18,29 @@ CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
 NNODES=${NNODES:-1}
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
-# A mistake in the settings is told here, in one line, before any process starts.
-WORLD_SIZE=$((NNODES * NGPU)) "$PYTHON" -m taehv.config --config "$CONFIG_FILE" "$@"
+settings=(--config "$CONFIG_FILE")
 if [ "$CONFIG_FILE" = train_configs/debug.toml ]; then
-    "$PYTHON" -m taehv.samples
+    settings+=("--training.global_batch_size=$((2 * NNODES * NGPU))")
+    case " $* " in
+    *" --data.root"*) ;;
+    *) "$PYTHON" -m taehv.samples ;;
+    esac
 fi
+settings+=("$@")
+# A mistake in the settings is told here, in one line, before any process starts.
+WORLD_SIZE=$((NNODES * NGPU)) "$PYTHON" -m taehv.config "${settings[@]}"
 
 if [ "$NNODES" -gt 1 ]; then
-    rendezvous=(--node_rank "${NODE_RANK:-0}" --rdzv_backend c10d --rdzv_id taehv
+    launch=(--node_rank "${NODE_RANK:-0}" --rdzv_backend c10d --rdzv_id taehv
         --rdzv_endpoint "${RDZV_ENDPOINT:?set it to host:port of node 0}")
 else
-    rendezvous=(--standalone)
+    launch=(--standalone)
+fi
+if [ -n "${LOG_RANK:-}" ]; then
+    launch+=(--local-ranks-filter "$LOG_RANK")
 fi
 # One process may use every core; more share them.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / NGPU > 0 ? $(nproc) / NGPU : 1))}
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
 exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" \
-    "${rendezvous[@]}" --local-ranks-filter "${LOG_RANK:-0}" \
-    train.py --config "$CONFIG_FILE" "$@"
+    "${launch[@]}" train.py "${settings[@]}"

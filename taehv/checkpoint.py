@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from taehv.config import Checkpoint
 from taehv.errors import UserError
 from taehv.optim import Ema
+from taehv.weights import check_tensors
 
 State = dict[str, dict[str, Tensor]]
 
@@ -147,7 +148,7 @@ class Checkpointer:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(path))
         if dist.get_rank() == 0 and self.keep:
             for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old))
+                shutil.rmtree(self.path(old), ignore_errors=True)
         return path
 
     def load(self, step: int, state: State) -> None:
@@ -172,7 +173,8 @@ def load_weights(
     """Read nothing but the weights out of a checkpoint; needs no process group.
 
     Args:
-        folder: a complete checkpoint, such as outputs/NAME/checkpoints/step-N.
+        folder: a run's folder, of which the newest checkpoint is taken, or that of a
+            checkpoint, such as outputs/NAME/checkpoints/step-N.
         group: the averaged weights, or the raw ones; None takes the averaged ones
             if there are any.
 
@@ -182,6 +184,7 @@ def load_weights(
     Raises:
         UserError: it is damaged, or holds no such weights.
     """
+    folder = checkpoint_in(folder)
     reader = SafeReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     if group is None:
@@ -195,7 +198,25 @@ def load_weights(
     if not weights:
         raise UserError(f"{folder} holds no {group} weights")
     _read({group: weights}, reader, no_dist=True)
+    check_tensors(folder, weights)
     return weights, _about(folder)
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint that a folder is, or the newest one of the run that it is.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (folder / METADATA).exists():
+        return folder
+    steps = complete_steps(folder / "checkpoints")
+    if not steps:
+        raise UserError(
+            f"{folder} has no complete checkpoint: give a run's folder "
+            "(outputs/NAME) or a checkpoint's (outputs/NAME/checkpoints/step-N)"
+        )
+    return step_folder(folder / "checkpoints", steps[-1])
 
 
 def save_weights_only(
@@ -215,6 +236,8 @@ def _about(folder: Path) -> dict[str, str]:
         return {}
     except ValueError as error:
         raise UserError(f"{folder / ABOUT} is damaged ({error})") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{folder / ABOUT} is damaged: it holds no table")
     return {str(key): str(value) for key, value in about.items()}
 
 

@@ -53,8 +53,8 @@ class Model:
 @dataclass
 class Teacher:
     kind: str = ""
-    """Reference VAE that defines the latent space, as "package.module:Class"; empty
-    trains a plain autoencoder with a latent space of its own."""
+    """Reference VAE that defines the latent space, as "package.module:Class", whose
+    code is run; empty trains a plain autoencoder with a latent space of its own."""
     path: str = ""
     """What the teacher is loaded from: a folder or a hub id, handed to its class."""
 
@@ -138,7 +138,7 @@ class Optim:
     """Gradients of a larger norm are scaled down to it; 0 is off."""
     ema_decay: float = 0.999
     """Decay a step of the averaged weights, which are validated and exported; it
-    rises from 0 in the first steps as (1 + step) / (10 + step)."""
+    is lower in the first steps: (1 + step) / (10 + step)."""
 
 
 @dataclass
@@ -188,7 +188,7 @@ class Validation:
     interval: int = 500
     """Steps between two validations; the first and last step always have one."""
     clips: int = 16
-    """Fixed clips from the held-out files; 0 is off."""
+    """Fixed clips from the held-out files; 0 is off (the files stay held out)."""
 
 
 @dataclass
@@ -230,7 +230,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "training.local_batch_size": (0, math.inf),
     "training.max_bad_steps": (1, math.inf),
     "optim.lr": (0, math.inf),
-    "optim.eps": (0, math.inf),
+    "optim.eps": (1e-20, math.inf),
     "optim.weight_decay": (0, math.inf),
     "optim.warmup_steps": (0, math.inf),
     "optim.final_lr_scale": (0, 1),
@@ -292,7 +292,8 @@ def check_config(config: Config, world_size: int) -> None:
         if not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise UserError(f"{key} = {value} must be {bounds}")
-    if not config.job.name or Path(config.job.name).is_absolute():
+    name = Path(config.job.name)
+    if not name.parts or name.is_absolute() or ".." in name.parts:
         raise UserError(f"job.name = {config.job.name!r} must be a folder's name")
     _check_variant(config)
     _check_ranges(config)
@@ -466,15 +467,15 @@ def _value_of(text: str, annotation: Any) -> Any:
     """A command-line text as the TOML value it stands for."""
     if annotation is str:
         return text
-    is_list = typing.get_origin(annotation) is list
-    if is_list and not text.lstrip().startswith("["):
+    if typing.get_origin(annotation) is list and not text.lstrip().startswith("["):
         element = typing.get_args(annotation)[0]
-        return [_value_of(part.strip(), element) for part in text.split(",")]
-    lowered = text.lower()
+        parts = text.split(",") if text else []
+        return [_value_of(part.strip(), element) for part in parts]
+    if annotation is float and text.startswith("."):  # TOML wants the zero
+        text = f"0{text}"
+    text_in_toml = text.lower() if text.lower() in ("true", "false") else text
     try:
-        return tomli.loads(f"v = {lowered if lowered in ('true', 'false') else text}")[
-            "v"
-        ]
+        return tomli.loads(f"v = {text_in_toml}")["v"]
     except tomli.TOMLDecodeError:
         return text
 

@@ -12,13 +12,7 @@ from pathlib import Path
 
 import torch
 
-from taehv.checkpoint import (
-    METADATA,
-    complete_steps,
-    load_weights,
-    save_weights_only,
-    step_folder,
-)
+from taehv.checkpoint import load_weights, save_weights_only
 from taehv.errors import UserError, run_command
 from taehv.model import TAEHV
 from taehv.variants import VARIANTS
@@ -54,7 +48,9 @@ def convert(
     if target.exists():
         raise UserError(f"{target} is there already: name another, or delete it")
     if source.is_dir():
-        state_dict, about = load_weights(checkpoint_in(source), weights)
+        state_dict, about = load_weights(source, weights)
+    elif weights is not None:
+        raise UserError(f"--weights {weights} is for checkpoints; {source} is none")
     else:
         state_dict, about = load_state_dict_file(source)
     # The model checks keys, shapes and the variant.
@@ -62,28 +58,13 @@ def convert(
     about = {**about, "variant": model.variant_name}
     about.setdefault("latent_space", model.variant.latent_space)
     converted = {k: v.to(DTYPES[dtype]) for k, v in model.state_dict().items()}
-    if target.suffix in (".pth", ".pt", ".safetensors"):
-        save_weights(target, converted, about)
-    else:
-        save_weights_only(target, converted, about)
+    is_file = target.suffix in (".pth", ".pt", ".safetensors")
+    write = save_weights if is_file else save_weights_only
+    try:
+        write(target, converted, about)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from None
     return model.variant_name
-
-
-def checkpoint_in(folder: Path) -> Path:
-    """The checkpoint that a folder is, or the newest one of the run that it is.
-
-    Raises:
-        UserError: there is none.
-    """
-    if (folder / METADATA).exists():
-        return folder
-    steps = complete_steps(folder / "checkpoints")
-    if not steps:
-        raise UserError(
-            f"{folder} has no complete checkpoint: give a run's folder "
-            "(outputs/NAME) or a checkpoint's (outputs/NAME/checkpoints/step-N)"
-        )
-    return step_folder(folder / "checkpoints", steps[-1])
 
 
 def main() -> None:

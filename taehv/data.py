@@ -13,9 +13,11 @@ import json
 import logging
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from multiprocessing import get_context
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from taehv.config import Data
 from taehv.errors import UserError
@@ -153,8 +155,12 @@ def _relative(path: str, base: str) -> str:
     return os.path.relpath(full, base) if inside else full
 
 
+def _unreadable(error: OSError) -> None:
+    log.warning(f"left out a folder that cannot be read: {error}")
+
+
 def _walk(root: str) -> Iterator[str]:
-    for folder, _, names in os.walk(root):
+    for folder, _, names in os.walk(root, onerror=_unreadable):
         for name in names:
             if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES:
                 yield os.path.join(folder, name)
@@ -570,11 +576,11 @@ class ClipLoader:
     def _next_or_rebuild(self) -> Batch | UserError:
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while True:
-            if self._batches is None:
-                self._batches = iter(self._build())
             try:
+                if self._batches is None:
+                    self._batches = iter(self._build())
                 return next(self._batches)
-            except RuntimeError as error:
+            except (RuntimeError, EOFError, ConnectionError) as error:
                 if "timed out" in str(error) and time.monotonic() < deadline:
                     continue
                 self._rebuilds += 1
@@ -613,20 +619,18 @@ def _collate_or_error(samples: list[Clip] | UserError) -> Batch | UserError:
 
 def validation_batches(
     data: Data, files: FileList, clips: Sequence[int], total: int, batch_size: int
-) -> Iterable[Batch]:
+) -> Iterator[Batch]:
     """The validation clips numbered `clips` out of `total`, in batches, in order.
 
-    Can be iterated again; the workers end with each pass.
+    Decoded in threads: processes would cost a start at each validation, and the
+    signals that end a run would end them first.
     """
-    dataset = Subset(ValidationDataset(data, files, total), clips)
-    workers = min(worker_count(data.workers), -(-len(clips) // batch_size))
-    check_shared_memory(data, batch_size, workers)
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        collate_fn=collate,
-        **worker_options(workers, data.prefetch, TIMEOUT_SECONDS),
-    )
+    dataset = ValidationDataset(data, files, total)
+    threads = max(1, min(worker_count(data.workers), len(clips)))
+    with ThreadPoolExecutor(threads) as pool:
+        decoded = pool.map(dataset.__getitem__, clips)
+        while samples := list(itertools.islice(decoded, batch_size)):
+            yield collate(samples)
 
 
 def worker_count(workers: int) -> int:
@@ -650,13 +654,15 @@ def worker_options(workers: int, prefetch: int, timeout: float) -> dict[str, Any
         "num_workers": workers,
         "prefetch_factor": prefetch,
         "multiprocessing_context": context,
-        "worker_init_fn": _one_thread,
+        "worker_init_fn": _start_worker,
         "timeout": timeout,
     }
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C reaches every process; the training process finishes its step first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _local_world() -> int:

@@ -32,7 +32,6 @@ class World:
     """This process's place among all of them."""
 
     rank: int
-    local_rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
@@ -70,7 +69,7 @@ def started(
             mesh_shape(parallelism, size),
             mesh_dim_names=("replicate", "shard"),
         )
-        yield World(rank, local_rank, size, chosen, mesh)
+        yield World(rank, size, chosen, mesh)
     finally:
         dist.destroy_process_group()
 
@@ -111,7 +110,11 @@ def compute_dtype(
     if precision != "auto":
         formats = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
         return formats[precision]
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    fast = (
+        torch.cuda.is_bf16_supported(False)
+        if device.type == "cuda"
+        else _cpu_has_bf16()
+    )
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -190,6 +193,31 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a small tensor over all processes."""
     dist.all_reduce(values, op=dist.ReduceOp.SUM)
     return values
+
+
+def check_agreement(values: dict[str, int]) -> None:
+    """Raise a UserError on all processes where one of the values differs (collective).
+
+    Args:
+        values: by the name that a user knows them by.
+    """
+    lowest = torch.tensor(list(values.values()))
+    highest = lowest.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    for name, low, high in zip(values, lowest, highest, strict=True):
+        if low != high:
+            raise UserError(
+                f"the processes do not see the same {name}: give all machines the "
+                "same files, in a folder that they share"
+            )
+
+
+def from_main(value: int) -> int:
+    """The main process's value, on all processes (a collective)."""
+    shared = torch.tensor(value)
+    dist.broadcast(shared, src=0)
+    return int(shared)
 
 
 class StopSignal:

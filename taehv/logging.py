@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -71,8 +72,9 @@ class RunLog:
         self.interval = settings.interval
         self.steps = steps
         self._first, self._start = step, time.monotonic()
-        truncate_records(folder / "metrics.jsonl", step)
-        self.validations = truncate_records(folder / "validation.jsonl", step)
+        last = step or -1  # a run that starts anew has no validation yet either
+        truncate_records(folder / "metrics.jsonl", last)
+        self.validations = truncate_records(folder / "validation.jsonl", last)
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._validation = (folder / "validation.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
@@ -94,7 +96,8 @@ class RunLog:
             speed: what differs between equal runs: clips/s, data wait, memory.
         """
         step = record["step"]
-        print(json.dumps(record), file=self._metrics, flush=True)
+        exact = {key: _or_null(value) for key, value in record.items()}
+        print(json.dumps(exact), file=self._metrics, flush=True)
         line = (
             f"loss {record['loss']:.4f} | PSNR {record['psnr']:5.2f} dB | "
             f"{speed['clips_per_second']:.1f} clips/s"
@@ -149,6 +152,11 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _or_null(value: float) -> float | None:
+    """JSON has no numbers that are not finite."""
+    return value if math.isfinite(value) else None
 
 
 def _tag(name: str) -> str:

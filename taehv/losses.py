@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from taehv.config import Loss
+from taehv.errors import UserError
 from taehv.model import TAEHV
 from taehv.teacher import Teacher
 
@@ -92,10 +93,10 @@ def latent_loss(latents_NTCHW: Tensor, teacher_NTCHW: Tensor) -> Tensor:
     """Mean squared error to the teacher's normalised latents.
 
     Raises:
-        ValueError: the teacher gives another number or size of latents.
+        UserError: the teacher gives another number or size of latents.
     """
     if latents_NTCHW.shape != teacher_NTCHW.shape:
-        raise ValueError(
+        raise UserError(
             f"the student makes latents of N T C H W {tuple(latents_NTCHW.shape)}, the "
             f"teacher {tuple(teacher_NTCHW.shape)}: choose data.frames and a variant "
             "that suit the teacher"

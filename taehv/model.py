@@ -31,7 +31,7 @@ WIDE_GROUP_CHANNELS = 64
 # New weights: what the latents make of colors, and how strongly a new decoder paints
 # with its other, random channels.
 COLOR_SCALE = 4.0
-DETAIL_SCALE = 0.02
+DETAIL_SCALE = 0.3
 CENTER = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
 MEAN_OF_FOUR = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 1]]) / 4
 SMOOTH = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
@@ -454,6 +454,7 @@ class TAEHV(nn.Module):
             decoder_time_upscale=decoder_time_upscale,
             decoder_space_upscale=decoder_space_upscale,
         )
+        state_dict = dict(state_dict)
         model._cut_grow_weights(state_dict)
         _check_shapes(source, state_dict, model)
         model.load_state_dict(state_dict)

@@ -53,9 +53,13 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher | N
             f"teacher.kind = {settings.kind}: no module named {error.name}; put its "
             "folder on PYTHONPATH"
         ) from None
-    if not hasattr(package, name):
-        raise UserError(f"teacher.kind = {settings.kind}: {module} has no {name}")
-    return getattr(package, name)(settings.path, device)
+    factory = getattr(package, name, None)
+    if not (isinstance(factory, type) and hasattr(factory, "encode")):
+        raise UserError(
+            f"teacher.kind = {settings.kind}: {module} has no {name} that is a class "
+            "with the methods of taehv.teacher.Teacher"
+        )
+    return factory(settings.path, device)
 
 
 def check_teacher(

@@ -29,8 +29,10 @@ from taehv.data import (
 from taehv.distributed import (
     StopSignal,
     World,
+    check_agreement,
     compile_in_place,
     compute_dtype,
+    from_main,
     full,
     mean_over_ranks,
     set_gradient_sync,
@@ -65,9 +67,12 @@ def train(config: Config) -> None:
             Trainer(config, world, stop).run()
 
 
-def initial_model(settings: Model) -> TAEHV:
-    """New weights, or those of a weights file or checkpoint folder."""
-    if not settings.checkpoint:
+def initial_model(settings: Model, resumes: bool) -> TAEHV:
+    """New weights, or those of a weights file or checkpoint folder.
+
+    A run that resumes has weights of its own and needs no others.
+    """
+    if resumes or not settings.checkpoint:
         return TAEHV(settings.variant)
     path = Path(settings.checkpoint).expanduser()
     if not path.is_dir():
@@ -102,21 +107,32 @@ class Trainer:
         self.bad_clips = 0
         self.bad_files: set[str] = set()
         self.train_files, self.held_out = build_file_lists(config.data)
-        self._build_model()
-        self._build_teacher()
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint)
-        self._resume()
+        newest = max(self.checkpointer.steps(), default=None)
+        check_agreement(
+            {
+                "list of training files": self._files_hash(),
+                "newest checkpoint": -1 if newest is None else newest,
+            }
+        )
+        self._build_model(resumes=newest is not None)
+        self._build_teacher()
+        if newest is not None:
+            self._resume(newest)
+        self.saved_step = newest
         self.log = self._open_log() if world.is_main else None
 
     # --- composition ---------------------------------------------------------------
 
-    def _build_model(self) -> None:
+    def _build_model(self, resumes: bool) -> None:
         config, world = self.config, self.world
         self.dtype = compute_dtype(config.training.precision, world.device)
+        # Where fp32 is asked for, fp32 is meant.
+        torch.backends.cudnn.allow_tf32 = self.dtype != torch.float32
         # Weights, targets and losses keep full precision.
         self.exact = torch.promote_types(self.dtype, torch.float32)
         torch.manual_seed(config.training.seed)
-        self.model = initial_model(config.model)
+        self.model = initial_model(config.model, resumes)
         self.model.to(world.device, self.exact)
         # Validation runs on whole weights and so without collectives: processes may
         # have different numbers of clips.
@@ -184,15 +200,15 @@ class Trainer:
             **asdict(self.counts),
             "seed": self.config.training.seed,
             "files": len(self.train_files),
-            "files_hash": int(self.train_files.fingerprint[:15], 16),
+            "files_hash": self._files_hash(),
             "sampler_version": SAMPLER_VERSION,
         }
         return training_state(self.model, self.ema, self.optimizer, counts)
 
-    def _resume(self) -> None:
-        steps = self.checkpointer.steps()
-        if not steps:
-            return
+    def _files_hash(self) -> int:
+        return int(self.train_files.fingerprint[:15], 16)
+
+    def _resume(self, step: int) -> None:
         if not self.config.checkpoint.resume:
             raise UserError(
                 f"{self.folder} holds checkpoints of an earlier run and "
@@ -200,7 +216,7 @@ class Trainer:
             )
         state = self._state()
         expected = {key: value.item() for key, value in state["counts"].items()}
-        self.checkpointer.load(steps[-1], state)
+        self.checkpointer.load(step, state)
         loaded = {key: int(value) for key, value in state["counts"].items()}
         cures = {
             "seed": "training.seed",
@@ -211,11 +227,11 @@ class Trainer:
         for key, name in cures.items():
             if loaded[key] != expected[key]:
                 raise UserError(
-                    f"cannot go on from {self.checkpointer.path(steps[-1])}: {name} "
+                    f"cannot go on from {self.checkpointer.path(step)}: {name} "
                     "has changed since; take it back, or choose another --job.name"
                 )
         self.counts = Counts(loaded["step"], loaded["samples"], loaded["skipped"])
-        log.info(f"resuming from {self.checkpointer.path(steps[-1])}")
+        log.info(f"resuming from {self.checkpointer.path(step)}")
 
     def _save(self) -> None:
         self.saved_step = self.counts.step
@@ -226,21 +242,30 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until told to stop; then export."""
         config, steps = self.config, self.config.training.steps
-        if self.counts.step == 0:
+        if not self._is_validated():
             self._validate()
         loader = self._loader()
-        self.saved_step = self.counts.step
         try:
             while self.counts.step < steps and not self.stop.agreed():
                 self._step(loader)
                 last = self.counts.step == steps
-                if last or self.counts.step % config.validation.interval == 0:
-                    self._validate()
+                # Saved first: a validation that fails or is killed costs itself.
                 if last or self.counts.step % config.checkpoint.interval == 0:
                     self._save()
+                if last or self.counts.step % config.validation.interval == 0:
+                    self._validate()
         finally:
             loader.close()
         self._finish()
+
+    def _is_validated(self) -> bool:
+        """Whether the step that the run begins at has had the validation it is due."""
+        step, settings = self.counts.step, self.config.validation
+        due = step in (0, self.config.training.steps) or step % settings.interval == 0
+        done = self.log is not None and step in [
+            v["step"] for v in self.log.validations
+        ]
+        return bool(from_main(done or not due))
 
     def _local_batch_size(self) -> int:
         """Clips of one forward pass on this process."""
@@ -270,7 +295,7 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> None:
         begin = time.monotonic()
         parts = self._batch_parts()
-        waited, values = 0.0, torch.zeros(())
+        waited, values, losses = 0.0, torch.zeros(()), {}
         for part in range(parts):
             start = time.monotonic()
             batch = next(batches)
@@ -285,11 +310,13 @@ class Trainer:
             values = values.to(frames_NTCHW) + torch.stack(
                 [term.detach() for term in terms.values()]
             )
-            if not terms["loss"].isfinite():
-                log.warning(f"the loss of this batch is not finite: {batch.sources}")
+            losses[", ".join(batch.sources)] = terms["loss"].detach()
         record = dict(zip(terms, mean_over_ranks(values / parts).tolist(), strict=True))
         record["psnr"] = psnr(torch.tensor(record.pop("mse"))).item()
-        record |= self._update(math.isfinite(record["loss"]))
+        update = self._update(math.isfinite(record["loss"]))
+        if self.bad_in_row:
+            self._tell_skipped(losses)
+        record |= update
         if self.log is not None:
             seconds = time.monotonic() - begin
             speed = {
@@ -317,22 +344,30 @@ class Trainer:
         else:
             self.counts.skipped += 1
             self.bad_in_row += 1
-            log.warning(f"step {step + 1} is skipped: its gradient is not finite")
         self.optimizer.zero_grad()
         self.counts.step += 1
         self.counts.samples += self.config.training.global_batch_size
-        if self.bad_in_row >= self.config.training.max_bad_steps:
-            raise UserError(
-                f"{self.bad_in_row} steps in a row had no finite gradient: lower "
-                "optim.lr, or look at the clips named above; the last good checkpoint "
-                f"is in {self.checkpointer.folder}"
-            )
         return {
             "grad_norm": norm,
             "learning_rate": rate,
             "samples": self.counts.samples,
             "skipped": self.counts.skipped,
         }
+
+    def _tell_skipped(self, losses: dict[str, Tensor]) -> None:
+        """Name a skipped step's clips, the bad ones alone if they can be told."""
+        bad = [clips for clips, loss in losses.items() if not loss.isfinite()]
+        if self.log is not None or bad:
+            log.warning(
+                f"step {self.counts.step} is skipped, its loss or gradient is not "
+                f"finite; its clips are of {'; '.join(bad or losses)}"
+            )
+        if self.bad_in_row >= self.config.training.max_bad_steps:
+            raise UserError(
+                f"{self.bad_in_row} steps in a row had no finite gradient: lower "
+                "optim.lr, or look at the clips named above; the last good checkpoint "
+                f"is in {self.checkpointer.folder}"
+            )
 
     def _note_failures(self, batch: Batch) -> None:
         self.bad_clips += len(batch.failures)
@@ -346,6 +381,10 @@ class Trainer:
     def _whole_ema(self) -> dict[str, Tensor]:
         return {name: full(weight) for name, weight in self.ema.weights.items()}
 
+    def _own_part(self, total: int) -> range:
+        rank, size = self.world.rank, self.world.size
+        return range(total * rank // size, total * (rank + 1) // size)
+
     def _validate(self) -> None:
         settings = self.config.validation
         if not settings.clips or not len(self.held_out):
@@ -355,11 +394,13 @@ class Trainer:
         batches = validation_batches(
             self.config.data,
             self.held_out,
-            clips=range(self.world.rank, settings.clips, self.world.size),
+            clips=self._own_part(settings.clips),
             total=settings.clips,
             batch_size=self._local_batch_size(),
         )
-        result = validate(self.judge, batches, self.world.device)
+        result = validate(self.judge, batches, self.world.device, self.stop)
+        if self.stop.agreed():
+            return
         for failure in result.failures if result else ():
             log.warning(f"left out a held-out clip, {failure}")
         if result is None:
@@ -386,6 +427,8 @@ class Trainer:
                 "seconds": result.seconds,
             },
         )
+        if not result.pictures:
+            return
         picture = picture_strip(result.pictures)
         clip = side_by_side(result.pictures)
         self.log.picture("validation/input_above_reconstruction", picture, step)

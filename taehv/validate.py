@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from taehv.data import Batch, to_frames
-from taehv.distributed import sum_over_ranks
+from taehv.distributed import StopSignal, sum_over_ranks
 from taehv.losses import aligned, psnr
 from taehv.model import TAEHV
 
@@ -35,7 +35,11 @@ class ValidationResult:
 
 @torch.no_grad()
 def validate(
-    model: TAEHV, batches: Iterable[Batch], device: torch.device, pictures: int = 4
+    model: TAEHV,
+    batches: Iterable[Batch],
+    device: torch.device,
+    stop: StopSignal,
+    pictures: int = 4,
 ) -> ValidationResult | None:
     """Reconstruct the batches and average over all processes (a collective).
 
@@ -44,6 +48,7 @@ def validate(
             clips.
         batches: this process's clips.
         device: where the model is.
+        stop: ends the validation early; the result is then of no use.
         pictures: clips to keep for pictures.
 
     Returns:
@@ -55,6 +60,8 @@ def validate(
     failures: list[str] = []
     kept: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
+        if stop.received:
+            break
         failures += [str(failure) for failure in batch.failures]
         if not len(batch.frames_NTHWC):
             continue

@@ -78,7 +78,7 @@ def load_state_dict_file(
             f"{path}: not a whole, safe weight file ({kind}); download or export it "
             "again as a plain state_dict of tensors"
         ) from error
-    _check_tensors(path, state_dict)
+    check_tensors(path, state_dict)
     return dict(state_dict), metadata
 
 
@@ -98,7 +98,8 @@ def _read_safetensors(path: Path) -> tuple[object, dict[str, str]]:
         return state_dict, file.metadata() or {}
 
 
-def _check_tensors(path: Path, state_dict: object) -> None:
+def check_tensors(path: Path, state_dict: object) -> None:
+    """Raise UserError unless it is a state_dict of dense, finite, floating tensors."""
     if not isinstance(state_dict, dict) or not state_dict:
         raise UserError(f"{path}: holds no state_dict; save model.state_dict() alone")
     for key, value in state_dict.items():

@@ -29,13 +29,20 @@ def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     ("processes", "form"),
     [
         (1, {"training__local_batch_size": 1}),
-        (2, {"parallelism__mode": "replicate"}),
+        (2, {"training__local_batch_size": 1}),
         (2, {"parallelism__mode": "fsdp"}),
         (2, {"parallelism__mode": "fsdp", "parallelism__cpu_offload": "true"}),
         (2, {"parallelism__mode": "hsdp", "parallelism__shard_size": 1}),
         (2, {"parallelism__mode": "fsdp", "training__local_batch_size": 1}),
     ],
-    ids=["accumulate", "replicate", "fsdp", "offload", "hsdp", "fsdp-accumulate"],
+    ids=[
+        "accumulate",
+        "replicate-accumulate",
+        "fsdp",
+        "offload",
+        "hsdp",
+        "fsdp-accumulate",
+    ],
 )
 def test_same_losses(
     reference: Run, videos: Path, tmp_path: Path, processes: int, form: dict

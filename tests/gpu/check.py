@@ -45,7 +45,7 @@ def forms(most: int) -> list[Form]:
         Form("1, eager", 1, {"compile.enable": "false"}),
         Form("1, fsdp", 1, FSDP),
         Form("1, fsdp, offload", 1, OFFLOAD),
-        Form("1, two micro-batches", 1, {"training.local_batch_size": 8 // most}),
+        Form("1, two micro-batches", 1, {"training.local_batch_size": 2}),
     ]
     many = [
         Form(f"{most}, replicate", most, {}),
@@ -72,7 +72,7 @@ class Check:
             "data.frames": 13,
             "data.height": 128,
             "data.width": 128,
-            "data.crops_per_window": 4,
+            "data.crops_per_window": 2,
             "validation.interval": 10**6,
             "checkpoint.interval": 10**6,
             "logging.interval": 1,

@@ -139,7 +139,8 @@ def test_stop_signal_saves_and_the_same_command_goes_on(
     process = run.start()
     while len(run.metrics()) < 3:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    # As a terminal does it: the decoding processes get the signal too.
+    os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     stopped = len(run.metrics())
@@ -147,6 +148,36 @@ def test_stop_signal_saves_and_the_same_command_goes_on(
     assert (run.folder / f"checkpoints/step-{stopped}/.metadata").exists()
     run.finish()
     assert run.metrics() == reference.metrics()
+
+
+def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, videos, training__steps=3)
+    process = run.start(validation__clips=2000, data__workers=1)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "held out" in line:  # the last line before the validation
+            break
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "stopped at step 0" in output and "validation at" not in output
+    assert "resuming from" in run.finish()
+    records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
+    assert [record["step"] for record in records] == [0, 3]
+
+
+def test_a_bad_held_out_file_costs_its_clips(videos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for video in videos.iterdir():
+        (folder / video.name).write_bytes(video.read_bytes())
+    (folder / "bad_held.mp4").write_text("not a video")
+    run = Run(tmp_path, folder, training__steps=1, data__holdout="*held.mp4")
+    output = run.finish(processes=2)
+    assert output.count("left out a held-out clip") == 2, output  # before and after
+    records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
+    assert [record["clips"] for record in records] == [1, 1]
 
 
 def test_bad_videos_cost_only_their_clips(videos: Path, tmp_path: Path) -> None:

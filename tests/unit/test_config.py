@@ -171,6 +171,8 @@ def test_every_setting_can_be_set_on_the_command_line() -> None:
         (["--data.holdout", "test/*,7"], "data.holdout", ["test/*", "7"]),
         (["--data.holdout", '["a,b.mp4"]'], "data.holdout", ["a,b.mp4"]),
         (["--data.holdout=[]"], "data.holdout", []),
+        (["--data.holdout="], "data.holdout", []),
+        (["--optim.lr=.5"], "optim.lr", 0.5),
         (["--data.root", "7"], "data.root", "7"),
         (["--data.root", "true"], "data.root", "true"),
         (["--data.root="], "data.root", ""),

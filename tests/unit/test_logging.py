@@ -89,17 +89,18 @@ def test_a_run_without_records_begins_with_none(tmp_path: Path) -> None:
 
 
 def test_metrics_are_exact(tmp_path: Path) -> None:
-    losses = [1 / 3, 0.1 + 0.2, 1e-300, 5e-324, math.inf, 123456789.123456789]
+    losses = [1 / 3, 0.1 + 0.2, 1e-300, 5e-324, 123456789.123456789]
     run_log = RunLog(tmp_path, Logging(interval=100), step=0, steps=100)
     for step, loss in enumerate(losses, start=1):
         run_log.step(record(step, loss), SPEED)
         # Each line is there at once: a killed run keeps it.
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1]) == record(step, loss)
-    run_log.step(record(7, math.nan), SPEED)
+    run_log.step(record(6, math.nan), SPEED)
     run_log.close()
     kept = truncate_records(tmp_path / "metrics.jsonl", 99)
-    assert [r["loss"] for r in kept[:-1]] == losses and math.isnan(kept[-1]["loss"])
+    # JSON has no NaN: readers in other languages would refuse the file.
+    assert [r["loss"] for r in kept] == [*losses, None]
 
 
 def test_a_resumed_log_goes_on_after_its_step(tmp_path: Path) -> None:

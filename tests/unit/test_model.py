@@ -368,9 +368,9 @@ def test_new_weights_keep_colors(untrained: TAEHV) -> None:
     decoded_NTCHW = untrained.decode_video(latents_NTCHW, clamp=False)
     # MiniMax-H3's first latent is darkened by the black frames before each chunk.
     inside = decoded_NTCHW[:, 1:5, :, size // 4 : -size // 4, size // 4 : -size // 4]
-    # The decoder's soft clamp takes a little of the contrast.
-    assert (inside.mean((1, 3, 4)) - colors_N1C11.flatten(1)).abs().max() < 0.1
-    assert 0.001 < inside.std((1, 3, 4)).mean() < 0.1
+    # The other channels add some random detail.
+    assert (inside.mean((1, 3, 4)) - colors_N1C11.flatten(1)).abs().max() < 0.2
+    assert 0.01 < inside.std((1, 3, 4)).mean() < 0.2
 
 
 def test_grown_frames_begin_as_copies(untrained: TAEHV) -> None:

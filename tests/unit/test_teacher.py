@@ -83,7 +83,11 @@ def test_what_cannot_be_imported_is_named(modules: Path) -> None:
     )
     (modules / "needy_teacher.py").write_text("import no_such_package\n")
     assert "no module named no_such_package" in refusal("needy_teacher:Class")
-    assert refusal("own_teacher:Nothing").endswith("own_teacher has no Nothing")
+    assert "own_teacher has no Nothing that is a class" in refusal(
+        "own_teacher:Nothing"
+    )
+    # A function would be called with whatever text a settings file holds.
+    assert "builtins has no eval that is a class" in refusal("builtins:eval")
 
 
 def test_errors_of_the_teachers_own_are_not_renamed(modules: Path) -> None:

@@ -245,7 +245,9 @@ def test_shapes_or_the_users_word_name_each_variant(name: str) -> None:
 
 
 def test_equal_shapes_ask_for_a_name() -> None:
-    with pytest.raises(UserError, match="variant=, --variant or --model.variant") as raised:
+    with pytest.raises(
+        UserError, match="variant=, --variant or --model.variant"
+    ) as raised:
         identify(published_shapes("taehv"), {"variant": "another family"})
     assert all(name in str(raised.value) for name in SAME_SHAPES)
 
