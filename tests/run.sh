@@ -8,7 +8,7 @@ source ./environment.sh
 
 soak=(-m "not soak")
 if [ "${1:-}" = --soak ]; then
-    soak=()
+    soak=(-m "soak or not soak")
     shift
 fi
 "$PYTHON" -m ruff format --check .

@@ -24,8 +24,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).parent.parent.parent
 FSDP = {"parallelism.mode": "fsdp"}
 OFFLOAD = {**FSDP, "parallelism.cpu_offload": "true"}
-TOLERANCE = 0.05
-"""Relative difference of the mean loss that bf16 and the order of sums may cause."""
+EARLY = 10
+TOLERANCE = 0.03
+"""How far a loss may be off in the first EARLY steps, by bf16 and the order of sums.
+
+Later the smallest difference grows; compare the last half with that of another seed.
+"""
 
 
 @dataclass
@@ -120,9 +124,12 @@ class Check:
         return [event.value for event in events.Reload().Scalars(f"train/{tag}")]
 
     def row(self, form: Form, reference: list[float]) -> tuple[str, float]:
-        """A line of the table, and how far the mean loss is from the reference."""
+        """A line of the table, and how far the first losses are from the reference."""
         losses = self.losses(form.name)
         half = len(losses) // 2
+        early = max(
+            abs(a / b - 1) for a, b in zip(losses[:EARLY], reference, strict=False)
+        )
         difference = abs(
             statistics.mean(losses[half:]) / statistics.mean(reference[half:]) - 1
         )
@@ -132,10 +139,11 @@ class Check:
         on_cpu = self.base.get("training.device") == "cpu"
         memory = 0.0 if on_cpu else self.scalars(form.name, "memory_gib")[-1]
         host = self.scalars(form.name, "host_memory_gib")[-1]
-        cells = f"{form.name:24} {losses[0]:.5f} {losses[-1]:.5f} {difference:8.2%}"
+        cells = f"{form.name:24} {losses[0]:.5f} {losses[-1]:.5f} {early:8.2%}"
+        cells += f" {difference:8.2%}"
         return (
             f"{cells} {step:8.1f} {clips:8.1f} {wait:6.1%} {memory:8.2f} {host:6.2f}",
-            difference,
+            early,
         )
 
     def whole_path(self, most: int) -> None:
@@ -192,7 +200,7 @@ def main() -> None:
         check = Check(settings.clips, Path(output), settings.steps, settings.cpu)
         print(f"{most} x {device}, PyTorch {torch.__version__}", flush=True)
         print(
-            f"{'processes, form':24} {'first':7} {'last':7} {'mean off':>8} "
+            f"{'processes, form':24} {'first':7} {'last':7} {'early':>8} {'late':>8} "
             f"{'ms/step':>8} {'clips/s':>8} {'wait':>6} {'GPU GiB':>8} {'host':>6}"
         )
         worst, reference = 0.0, None
@@ -200,10 +208,10 @@ def main() -> None:
             start = time.monotonic()
             check.run(form)
             reference = reference or check.losses(form.name)
-            line, difference = check.row(form, reference)
+            line, early = check.row(form, reference)
             print(f"{line}  ({time.monotonic() - start:.0f} s in all)", flush=True)
             if "seed" not in form.name:
-                worst = max(worst, difference)
+                worst = max(worst, early)
         check.whole_path(most)
     if worst > TOLERANCE:
         sys.exit(f"losses differ by {worst:.1%}")
