@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import resource
 import sys
@@ -295,7 +296,8 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> None:
         begin = time.monotonic()
         parts = self._batch_parts()
-        waited, values, losses = 0.0, torch.zeros(()), {}
+        waited, values = 0.0, torch.zeros(())
+        losses: list[tuple[list[str], Tensor]] = []
         for part in range(parts):
             start = time.monotonic()
             batch = next(batches)
@@ -310,7 +312,7 @@ class Trainer:
             values = values.to(frames_NTCHW) + torch.stack(
                 [term.detach() for term in terms.values()]
             )
-            losses[", ".join(batch.sources)] = terms["loss"].detach()
+            losses.append((batch.sources, terms["loss"].detach()))
         record = dict(zip(terms, mean_over_ranks(values / parts).tolist(), strict=True))
         record["psnr"] = psnr(torch.tensor(record.pop("mse"))).item()
         update = self._update(math.isfinite(record["loss"]))
@@ -354,13 +356,14 @@ class Trainer:
             "skipped": self.counts.skipped,
         }
 
-    def _tell_skipped(self, losses: dict[str, Tensor]) -> None:
+    def _tell_skipped(self, losses: list[tuple[list[str], Tensor]]) -> None:
         """Name a skipped step's clips, the bad ones alone if they can be told."""
-        bad = [clips for clips, loss in losses.items() if not loss.isfinite()]
+        bad = [sources for sources, loss in losses if not loss.isfinite()]
         if self.log is not None or bad:
+            named = itertools.chain(*(bad or [sources for sources, _ in losses]))
             log.warning(
                 f"step {self.counts.step} is skipped, its loss or gradient is not "
-                f"finite; its clips are of {'; '.join(bad or losses)}"
+                f"finite; its clips are of {', '.join(named)}"
             )
         if self.bad_in_row >= self.config.training.max_bad_steps:
             raise UserError(
