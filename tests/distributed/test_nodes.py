@@ -1,0 +1,50 @@
+"""run_train.sh on two "nodes": two torchrun agents that meet over loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run
+
+
+def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
+    settings = {"training__steps": 4, "training__precision": "fp64"}
+    reference = Run(tmp_path / "one", videos, **settings)
+    reference.finish()
+    run = Run(tmp_path / "two", videos, **settings)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # run_train.sh takes .venv or else python3, which is to be the one of the tests.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shared = {
+        "PATH": path,
+        "CONFIG_FILE": "train_configs/autoencoder.toml",
+        "NNODES": "2",
+        "NGPU": "1",
+        "RDZV_ENDPOINT": f"127.0.0.1:{port}",
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = [f"--{key}={value}" for key, value in run.settings.items()]
+    arguments += ["--data.crops_per_window=1", "--data.color_jitter=0"]
+    arguments += ["--data.crop_scale=0.5,1"]
+    arguments += ["--optim.lr=1e-3"]
+    nodes = [
+        subprocess.Popen(
+            [str(ROOT / "run_train.sh"), *arguments],
+            env={**os.environ, **shared, "NODE_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "the CPU x 2" in outputs[0] and "the CPU x 2" not in outputs[1]
+    assert run.losses() == pytest.approx(reference.losses(), rel=1e-5)
