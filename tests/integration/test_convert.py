@@ -1,0 +1,89 @@
+"""Checkpoints to weight files and back, through the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+
+from taehv import TAEHV
+from taehv.checkpoint import load_weights
+
+
+def convert(*arguments: object, code: int = 0) -> str:
+    """Run the command; its exit code must be this one."""
+    command = [sys.executable, "-m", "taehv.convert", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of a few steps with two checkpoints."""
+    run = Run(
+        tmp_path_factory.mktemp("converted"),
+        videos,
+        model__variant="taecvx",
+        training__steps=4,
+        checkpoint__interval=2,
+        optim__ema_decay=0.5,
+    )
+    run.finish()
+    return run
+
+
+def test_a_run_to_files(run: Run, tmp_path: Path) -> None:
+    assert (
+        convert(run.folder, tmp_path / "a.pth") == f"{tmp_path}/a.pth: taecvx, fp32\n"
+    )
+    averaged = torch.load(tmp_path / "a.pth", weights_only=True)
+    exported = torch.load(run.folder / "export/taecvx.pth", weights_only=True)
+    assert averaged.keys() == exported.keys()
+    assert all(torch.equal(averaged[key], exported[key]) for key in exported)
+    step = run.folder / "checkpoints/step-2"
+    convert(step, tmp_path / "b.safetensors", "--weights", "model", "--dtype", "fp16")
+    raw = TAEHV.from_pretrained(tmp_path / "b.safetensors")
+    assert raw.variant_name == "taecvx"
+    expected, about = load_weights(step, "model")
+    assert about["step"] == "2" and about["latent_space"] == "own"
+    for key, value in raw.state_dict().items():
+        assert torch.equal(value, expected[key].half().float())
+        assert not torch.equal(value, averaged[key]) or not value.any()
+
+
+def test_a_file_to_a_checkpoint_that_training_starts_from(
+    run: Run, videos: Path, tmp_path: Path
+) -> None:
+    weights = run.folder / "export/taecvx.safetensors"
+    convert(weights, tmp_path / "start")
+    first_losses = []
+    for name, checkpoint in (("file", weights), ("folder", tmp_path / "start")):
+        settings = {**run.settings, "job.output_dir": tmp_path / name}
+        started = Run(tmp_path / name, videos)
+        started.settings = {**settings, "model.checkpoint": checkpoint}
+        started.finish(training__steps=1)
+        first_losses.append(started.losses()[0])
+    assert first_losses[0] == first_losses[1] != run.losses()[0]
+
+
+def test_mistakes_are_one_line(run: Run, tmp_path: Path) -> None:
+    weights = run.folder / "export/taecvx.pth"
+    (tmp_path / "there.pth").write_bytes(b"")
+    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:-100])
+    for told, arguments in {
+        "is there already": (run.folder, tmp_path / "there.pth"),
+        "no complete checkpoint": (tmp_path, tmp_path / "x.pth"),
+        "no such file": (tmp_path / "none.pth", tmp_path / "x.pth"),
+        "not a whole, safe weight file": (tmp_path / "cut.pth", tmp_path / "x.pth"),
+        "are not of variant": (weights, tmp_path / "x.pth", "--variant", "taeltx_2"),
+        "is for checkpoints": (weights, tmp_path / "x.pth", "--weights", "ema"),
+        "cannot write": (weights, "/proc/x.safetensors"),
+    }.items():
+        error = convert(*arguments, code=2)
+        assert error.startswith("error: ") and len(error.splitlines()) == 1, error
+        assert told in error
