@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements=tests/requirements.txt
-packages="torch, av, diffusers, tensorboard, tomli, torchmetrics, tqdm, pytest, ruff"
+packages="torch, av, diffusers, tensorboard, tomli, torchmetrics, tqdm, pytest, xdist, ruff"
 source ./environment.sh
 
 soak=(-m "not soak")
@@ -13,4 +13,6 @@ if [ "${1:-}" = --soak ]; then
 fi
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
-exec "$PYTHON" -m pytest "${soak[@]}" "$@"
+# Two files at a time, each on one core.
+export OMP_NUM_THREADS=1
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "${soak[@]}" "$@"
