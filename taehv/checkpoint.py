@@ -95,7 +95,8 @@ class SafeReader(dcp.FileSystemReader):
                 metadata = _MetadataUnpickler(file).load()
         except UNREADABLE as error:
             raise UserError(
-                f"{path} is not a checkpoint's metadata ({_reason(error)})"
+                f"{path} is not a checkpoint's metadata ({_reason(error)}): "
+                "delete its folder to take the checkpoint before it"
             ) from None
         if not isinstance(metadata, Metadata):
             raise UserError(f"{path} is not a checkpoint's metadata")
@@ -199,7 +200,7 @@ def load_weights(
         raise UserError(f"{folder} holds no {group} weights")
     _read({group: weights}, reader, no_dist=True)
     check_tensors(folder, weights)
-    return weights, _about(folder)
+    return weights, read_about(folder)
 
 
 def checkpoint_in(folder: Path) -> Path:
@@ -229,7 +230,8 @@ def save_weights_only(
     write_about(folder, about)
 
 
-def _about(folder: Path) -> dict[str, str]:
+def read_about(folder: Path) -> dict[str, str]:
+    """What the weights of a checkpoint are; empty where nothing says it."""
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     except FileNotFoundError:

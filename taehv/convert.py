@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from taehv.checkpoint import load_weights, save_weights_only
 from taehv.errors import UserError, run_command
@@ -62,8 +63,9 @@ def convert(
     write = save_weights if is_file else save_weights_only
     try:
         write(target, converted, about)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from None
+    except (OSError, CheckpointException) as error:
+        reason = getattr(error, "strerror", None) or "see that its folder can be made"
+        raise UserError(f"cannot write {target}: {reason}") from None
     return model.variant_name
 
 

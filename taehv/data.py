@@ -222,7 +222,8 @@ def split(
         if len(held) in (0, len(paths)):
             raise UserError(
                 f"data.holdout = {holdout} matches {len(held)} of {len(paths)} files: "
-                "write patterns that match some, relative to data.root"
+                "write patterns that match some, relative to data.root, or "
+                "--data.holdout= to hold out a share"
             )
     else:
         held = _hashed_share(paths, holdout_fraction)

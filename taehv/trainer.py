@@ -17,7 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from taehv.checkpoint import Checkpointer, load_weights, training_state
+from taehv.checkpoint import (
+    Checkpointer,
+    load_weights,
+    read_about,
+    training_state,
+)
 from taehv.config import Config, Model, dumps
 from taehv.data import (
     SAMPLER_VERSION,
@@ -217,6 +222,13 @@ class Trainer:
             )
         state = self._state()
         expected = {key: value.item() for key, value in state["counts"].items()}
+        variant = self.config.model.variant
+        made_as = read_about(self.checkpointer.path(step)).get("variant", variant)
+        if made_as != variant:
+            raise UserError(
+                f"{self.checkpointer.path(step)} is of model.variant {made_as}, not "
+                f"{variant}: take that, or choose another --job.name"
+            )
         self.checkpointer.load(step, state)
         loaded = {key: int(value) for key, value in state["counts"].items()}
         cures = {
@@ -404,8 +416,6 @@ class Trainer:
         result = validate(self.judge, batches, self.world.device, self.stop)
         if self.stop.agreed():
             return
-        for failure in result.failures if result else ():
-            log.warning(f"left out a held-out clip, {failure}")
         if result is None:
             raise UserError(
                 "none of the held-out clips can be decoded: see the reasons above, or "
@@ -497,7 +507,8 @@ class Trainer:
             "bad videos replaced",
             f"  curves           tensorboard --logdir {folder}/tensorboard",
             "  next             train longer: raise --training.steps; on your own "
-            "videos: --data.root FOLDER --job.name NAME",
+            "videos: CONFIG_FILE=train_configs/autoencoder.toml ./run_train.sh "
+            "--data.root FOLDER --job.name NAME",
         ]
         return "\n".join(lines)
 

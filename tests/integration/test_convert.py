@@ -82,7 +82,8 @@ def test_mistakes_are_one_line(run: Run, tmp_path: Path) -> None:
         "not a whole, safe weight file": (tmp_path / "cut.pth", tmp_path / "x.pth"),
         "are not of variant": (weights, tmp_path / "x.pth", "--variant", "taeltx_2"),
         "is for checkpoints": (weights, tmp_path / "x.pth", "--weights", "ema"),
-        "cannot write": (weights, "/proc/x.safetensors"),
+        "cannot write /proc/x.s": (weights, "/proc/x.safetensors"),
+        "cannot write /proc/x/": (weights, "/proc/x/start"),
     }.items():
         error = convert(*arguments, code=2)
         assert error.startswith("error: ") and len(error.splitlines()) == 1, error

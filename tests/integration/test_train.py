@@ -165,6 +165,9 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     assert "resuming from" in run.finish()
     records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
     assert [record["step"] for record in records] == [0, 3]
+    # Of equal shapes, but of another latent space.
+    refused = run.finish(code=2, model__variant="taew2_1")
+    assert "is of model.variant taehv, not taew2_1" in refused
 
 
 def test_a_bad_held_out_file_costs_its_clips(videos: Path, tmp_path: Path) -> None:
