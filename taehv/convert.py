@@ -34,7 +34,7 @@ def convert(
     Args:
         source: a run's folder (its newest checkpoint is taken), a checkpoint's folder,
             or a .pth or .safetensors file.
-        target: a .pth or .safetensors file, or for any other name the folder of a
+        target: a .pth or .safetensors file, or, without a suffix, the folder of a
             checkpoint that --model.checkpoint takes.
         weights: "ema" or "model" of a run's checkpoint; by default the averaged ones.
         dtype: a key of DTYPES, the format of the numbers written.
@@ -46,6 +46,12 @@ def convert(
     Raises:
         UserError: a source that cannot be read, or a target that is there already.
     """
+    is_file = target.suffix in (".pth", ".pt", ".safetensors")
+    if target.suffix and not is_file:
+        raise UserError(
+            f"{target}: name a .pth or .safetensors file, or for a checkpoint's folder "
+            "a name without suffix"
+        )
     if target.exists():
         raise UserError(f"{target} is there already: name another, or delete it")
     if source.is_dir():
@@ -59,7 +65,6 @@ def convert(
     about = {**about, "variant": model.variant_name}
     about.setdefault("latent_space", model.variant.latent_space)
     converted = {k: v.to(DTYPES[dtype]) for k, v in model.state_dict().items()}
-    is_file = target.suffix in (".pth", ".pt", ".safetensors")
     write = save_weights if is_file else save_weights_only
     try:
         write(target, converted, about)

@@ -81,6 +81,7 @@ def test_mistakes_are_one_line(run: Run, tmp_path: Path) -> None:
         "no such file": (tmp_path / "none.pth", tmp_path / "x.pth"),
         "not a whole, safe weight file": (tmp_path / "cut.pth", tmp_path / "x.pth"),
         "are not of variant": (weights, tmp_path / "x.pth", "--variant", "taeltx_2"),
+        "without suffix": (weights, tmp_path / "x.onnx"),
         "is for checkpoints": (weights, tmp_path / "x.pth", "--weights", "ema"),
         "cannot write /proc/x.s": (weights, "/proc/x.safetensors"),
         "cannot write /proc/x/": (weights, "/proc/x/start"),
