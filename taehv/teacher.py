@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -20,12 +21,21 @@ class Teacher(Protocol):
     """
 
     latent_channels: int
+    fingerprint: str
+    """Names the weights and the way of encoding: equal ones give equal latents."""
 
     def check(self, frames: int, height: int, width: int) -> None:
         """Raise a ValueError that names the nearest legal clip, if this is none."""
 
-    def encode(self, frames_NTCHW: Tensor) -> Tensor:
-        """Frames, RGB in [0, 1], to normalised latents_NTCHW; no gradient needed."""
+    def encode(self, frames_NTCHW: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Frames, RGB in [0, 1], to normalised latents_NTCHW.
+
+        A clip's random numbers, if any, must come from its seed alone, so that it has
+        the same latents in any batch. No gradient is needed.
+        """
+
+    def decode(self, latents_NTCHW: Tensor) -> Tensor:
+        """Normalised latents to frames_NTCHW, RGB in [0, 1], to compare with."""
 
 
 def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher | None:
