@@ -299,6 +299,7 @@ def training_state(
         "optimizer": {
             f"{name}.{key}": value
             for name, parameter in parameters.items()
+            if parameter.requires_grad
             for key, value in optimizer.state[parameter].items()
         },
         "counts": {key: torch.tensor(value) for key, value in counts.items()},

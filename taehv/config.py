@@ -48,6 +48,8 @@ class Model:
     checkpoint: str = ""
     """Weights to start from: .pth, .safetensors, or the folder of a checkpoint; empty
     starts from new weights."""
+    trained: Literal["both", "encoder", "decoder"] = "both"
+    """Which parts are trained; the other keeps its weights."""
 
 
 @dataclass
@@ -150,6 +152,15 @@ class Loss:
     latent_weight: float = 1.0
     """Weight of the mean squared error to the teacher's latents; unused without a
     teacher."""
+    decoder_latents: Literal["teacher", "own", "mixture"] = "teacher"
+    """What the decoder learns to decode: the teacher's latents, the student's own, or
+    for every clip the one or the other by chance; own without a teacher."""
+    temporal_weight: float = 0.0
+    """Weight of the distance between the changes from frame to frame, against
+    flicker."""
+    consistency_weight: float = 0.0
+    """Weight of the squared distance between decoded latents and what the student
+    encodes their frames to, for videos that are decoded and encoded in turn."""
     latent_scale_weight: float = 0.001
     """Weight of the pull of each clip's latents towards unit mean square; used only
     without a teacher."""
@@ -239,6 +250,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "loss.reconstruction_weight": (0, math.inf),
     "loss.latent_weight": (0, math.inf),
     "loss.latent_scale_weight": (0, math.inf),
+    "loss.temporal_weight": (0, math.inf),
+    "loss.consistency_weight": (0, math.inf),
     "parallelism.shard_size": (0, math.inf),
     "checkpoint.interval": (1, math.inf),
     "checkpoint.keep": (0, math.inf),
@@ -321,6 +334,12 @@ def _check_variant(config: Config) -> None:
 
 
 def _check_ranges(config: Config) -> None:
+    frames = VARIANTS[config.model.variant].target_frames(config.data.frames)
+    if config.loss.temporal_weight and frames < 2:
+        raise UserError(
+            f"loss.temporal_weight needs two decoded frames, data.frames = "
+            f"{config.data.frames} give {frames}: take more"
+        )
     for key, low in (("data.stride", 1), ("data.crop_scale", 0.01)):
         value = _get(config, key)
         top = 1 if key == "data.crop_scale" else math.inf

@@ -49,8 +49,9 @@ POLL_SECONDS = 5
 MAX_WORKERS = 16
 SHARED_MEMORY = "/dev/shm"
 UINT64 = (1 << 64) - 1
-# Purposes of random numbers: what belongs to a window and what to a crop of it.
-WINDOW, CROP = 0, 1
+# Purposes of random numbers: what belongs to a window, what to a crop of it, and which
+# latents a clip's frames are decoded from.
+WINDOW, CROP, DECODED = 0, 1, 2
 
 
 class FileList:
@@ -282,6 +283,11 @@ def draw(seed: int, number: int, attempt: int, purpose: int, count: int) -> list
     counter = np.array([0, 0, attempt, purpose], dtype=np.uint64)
     raw = np.random.Philox(key=key, counter=counter).random_raw(count)
     return [(int(x) >> 11) * 2.0**-53 for x in raw]
+
+
+def toss(seed: int, numbers: list[int]) -> Tensor:
+    """A fair coin for each sample: bool, N."""
+    return torch.tensor([draw(seed, g, 0, DECODED, 1)[0] < 0.5 for g in numbers])
 
 
 @dataclass(frozen=True)

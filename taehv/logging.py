@@ -98,9 +98,9 @@ class RunLog:
         step = record["step"]
         exact = {key: _or_null(value) for key, value in record.items()}
         print(json.dumps(exact), file=self._metrics, flush=True)
+        psnr = f"PSNR {record['psnr']:5.2f} dB | " if "psnr" in record else ""
         line = (
-            f"loss {record['loss']:.4f} | PSNR {record['psnr']:5.2f} dB | "
-            f"{speed['clips_per_second']:.1f} clips/s"
+            f"loss {record['loss']:.4f} | {psnr}{speed['clips_per_second']:.1f} clips/s"
         )
         self._bar.set_postfix_str(line, refresh=False)
         self._bar.update()

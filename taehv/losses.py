@@ -6,57 +6,146 @@ micro-batches of equal size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taehv.config import Loss
 from taehv.errors import UserError
 from taehv.model import TAEHV
-from taehv.teacher import Teacher
+from taehv.variants import Variant
 
 CHARBONNIER_EPS = 1e-3
 
 
+@dataclass
+class Targets:
+    """What one batch is to be encoded to and decoded to."""
+
+    frames_NTCHW: Tensor
+    """RGB in [0, 1]."""
+    latents_NTCHW: Tensor | None = None
+    """The teacher's; None trains a plain autoencoder."""
+    judged_latents_NT: Tensor | None = None
+    """Mask of the latents that count; None takes all."""
+    judged_frames_NT: Tensor | None = None
+    """Mask of the frames that count; None takes all."""
+    own_N: Tensor | None = None
+    """Clips whose own latents are decoded, not the teacher's; for the mixture."""
+
+
 def training_losses(
-    model: TAEHV, teacher: Teacher | None, frames_NTCHW: Tensor, settings: Loss
+    model: TAEHV, targets: Targets, settings: Loss
 ) -> dict[str, Tensor]:
-    """One forward pass of student and teacher, and what it is judged by.
+    """One forward pass of the student, and what it is judged by.
 
     With a teacher, the encoder learns the teacher's latents and the decoder learns to
-    decode them; without, the student is an autoencoder with a latent space of its own.
-
-    Args:
-        model: the student.
-        teacher: gives the latents to learn, if any.
-        frames_NTCHW: RGB in [0, 1].
-        settings: section [loss].
+    decode them, or the student's own; without, the student is an autoencoder with a
+    latent space of its own. Frozen parts run only where gradients pass through them.
 
     Returns:
-        Scalars: "loss" to minimise, its terms, and "mse", the squared error of the
-        clamped reconstruction, for PSNR.
+        Scalars: "loss" to minimise, its terms and, where frames are decoded, "mse",
+        the squared error of the clamped reconstruction, for PSNR.
+
+    Raises:
+        UserError: the teacher gives another number or size of latents.
     """
-    terms: dict[str, Tensor] = {}
-    latents_NTCHW = model.encode_video(frames_NTCHW)
-    if teacher is None:
-        decoder_input_NTCHW = latents_NTCHW
-        terms["latent_scale"] = latent_scale_loss(latents_NTCHW)
-        loss = settings.latent_scale_weight * terms["latent_scale"]
-    else:
-        with torch.no_grad():
-            decoder_input_NTCHW = teacher.encode(frames_NTCHW).to(frames_NTCHW.dtype)
-        terms["latent"] = latent_loss(latents_NTCHW, decoder_input_NTCHW)
-        loss = settings.latent_weight * terms["latent"]
-    decoded_NTCHW = model.decode_video(decoder_input_NTCHW, clamp=False)
-    target_NTCHW, decoded_NTCHW = aligned(frames_NTCHW, decoded_NTCHW)
-    terms["reconstruction"] = reconstruction_loss(
-        decoded_NTCHW, target_NTCHW, settings.reconstruction
+    teacher_NTCHW = targets.latents_NTCHW
+    decodes_own = teacher_NTCHW is None or settings.decoder_latents != "teacher"
+    terms: dict[str, tuple[float, Tensor]] = {}
+    if decodes_own or _is_trained(model.encoder):
+        latents_NTCHW = model.encode_video(targets.frames_NTCHW)
+        terms |= _latent_terms(latents_NTCHW, targets, settings)
+    measured = {}
+    if decodes_own or _is_trained(model.decoder):
+        decoder_input_NTCHW = teacher_NTCHW
+        if decodes_own:
+            decoder_input_NTCHW = _mixed(latents_NTCHW, targets, settings)
+        frame_terms, measured = _frame_terms(
+            model, decoder_input_NTCHW, targets, settings
+        )
+        terms |= frame_terms
+    loss = sum(weight * value for weight, value in terms.values())
+    values = {name: value for name, (_, value) in terms.items()}
+    return {"loss": loss, **values, **measured}
+
+
+def _is_trained(part: nn.Module) -> bool:
+    return next(part.parameters()).requires_grad
+
+
+def _latent_terms(
+    latents_NTCHW: Tensor, targets: Targets, settings: Loss
+) -> dict[str, tuple[float, Tensor]]:
+    if targets.latents_NTCHW is None:
+        value = latent_scale_loss(latents_NTCHW)
+        return {"latent_scale": (settings.latent_scale_weight, value)}
+    judged_NT = targets.judged_latents_NT
+    value = latent_loss(latents_NTCHW, targets.latents_NTCHW, judged_NT)
+    return {"latent": (settings.latent_weight, value)}
+
+
+def _mixed(latents_NTCHW: Tensor, targets: Targets, settings: Loss) -> Tensor:
+    """The student's latents, or for the mixture the teacher's in the other clips."""
+    if targets.latents_NTCHW is None or settings.decoder_latents == "own":
+        return latents_NTCHW
+    own_N1111 = targets.own_N.view(-1, 1, 1, 1, 1)
+    return torch.where(own_N1111, latents_NTCHW, targets.latents_NTCHW)
+
+
+def _frame_terms(
+    model: TAEHV, latents_NTCHW: Tensor, targets: Targets, settings: Loss
+) -> tuple[dict[str, tuple[float, Tensor]], dict[str, Tensor]]:
+    decoded_NTCHW = model.decode_video(latents_NTCHW, clamp=False)
+    target_NTCHW, decoded_NTCHW = aligned(targets.frames_NTCHW, decoded_NTCHW)
+    judged_NT, kind = targets.judged_frames_NT, settings.reconstruction
+    value = reconstruction_loss(decoded_NTCHW, target_NTCHW, kind, judged_NT)
+    terms = {"reconstruction": (settings.reconstruction_weight, value)}
+    if settings.temporal_weight:
+        value = temporal_loss(decoded_NTCHW, target_NTCHW, kind, judged_NT)
+        terms["temporal"] = (settings.temporal_weight, value)
+    if settings.consistency_weight:
+        value = consistency_loss(model, decoded_NTCHW, latents_NTCHW)
+        terms["consistency"] = (settings.consistency_weight, value)
+    error_NTCHW = (decoded_NTCHW.detach().clamp(0, 1) - target_NTCHW).square()
+    return terms, {"mse": _mean(error_NTCHW, judged_NT)}
+
+
+def judged(
+    variant: Variant, lead_N: Tensor, latents: int, frames: int
+) -> tuple[Tensor, Tensor]:
+    """Masks of the latents and the frames of clips that have a lead-in.
+
+    A clip that begins inside a window of which the teacher saw more has first latents
+    that the student cannot know, and frames that it cannot decode as well.
+
+    Args:
+        variant: aligns frames with latents.
+        lead_N: latents at the start of each clip that do not count, on the CPU.
+        latents: of each clip.
+        frames: of each clip, as many as are decoded.
+
+    Returns:
+        judged_latents_NT and judged_frames_NT.
+    """
+    lead_frames_N = torch.tensor(
+        [variant.lead_frames(latents, lead) for lead in lead_N.tolist()]
     )
-    loss = loss + settings.reconstruction_weight * terms["reconstruction"]
-    mse = F.mse_loss(decoded_NTCHW.detach().clamp(0, 1), target_NTCHW)
-    return {"loss": loss, **terms, "mse": mse}
+    return (
+        torch.arange(latents) >= lead_N[:, None],
+        torch.arange(frames) >= lead_frames_N[:, None],
+    )
+
+
+def _mean(error_NTCHW: Tensor, judged_NT: Tensor | None) -> Tensor:
+    """Mean over clips of each clip's mean over what is judged."""
+    if judged_NT is None:
+        return error_NTCHW.mean()
+    error_NT = error_NTCHW.mean((2, 3, 4)) * judged_NT
+    return (error_NT.sum(1) / judged_NT.sum(1)).mean()
 
 
 def aligned(frames_NTCHW: Tensor, decoded_NTCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,10 +158,22 @@ def aligned(frames_NTCHW: Tensor, decoded_NTCHW: Tensor) -> tuple[Tensor, Tensor
     return frames_NTCHW[:, :length], decoded_NTCHW[:, :length]
 
 
+Distance = Literal["mse", "l1", "charbonnier"]
+
+
+def _distance(kind: Distance, difference: Tensor) -> Tensor:
+    if kind == "mse":
+        return difference.square()
+    if kind == "l1":
+        return difference.abs()
+    return (difference.square() + CHARBONNIER_EPS**2).sqrt()
+
+
 def reconstruction_loss(
     decoded_NTCHW: Tensor,
     frames_NTCHW: Tensor,
-    kind: Literal["mse", "l1", "charbonnier"],
+    kind: Distance,
+    judged_NT: Tensor | None = None,
 ) -> Tensor:
     """Distance between decoded and true frames.
 
@@ -80,16 +181,32 @@ def reconstruction_loss(
         decoded_NTCHW: decoder output before clamping (a clamp has no gradient where it
             saturates), RGB, nominally in [0, 1].
         frames_NTCHW: true frames of the same shape, RGB in [0, 1].
+        kind: of distance.
+        judged_NT: the frames that count, at least one a clip; None takes all.
     """
-    if kind == "mse":
-        return F.mse_loss(decoded_NTCHW, frames_NTCHW)
-    if kind == "l1":
-        return F.l1_loss(decoded_NTCHW, frames_NTCHW)
-    difference = decoded_NTCHW - frames_NTCHW
-    return (difference.square() + CHARBONNIER_EPS**2).sqrt().mean()
+    return _mean(_distance(kind, decoded_NTCHW - frames_NTCHW), judged_NT)
 
 
-def latent_loss(latents_NTCHW: Tensor, teacher_NTCHW: Tensor) -> Tensor:
+def temporal_loss(
+    decoded_NTCHW: Tensor,
+    frames_NTCHW: Tensor,
+    kind: Distance,
+    judged_NT: Tensor | None = None,
+) -> Tensor:
+    """Distance between the changes from frame to frame, decoded and true.
+
+    Punishes flicker, which a distance of single frames hardly sees. Arguments as for
+    reconstruction_loss, with at least two frames to judge.
+    """
+    change_NTCHW = decoded_NTCHW.diff(dim=1) - frames_NTCHW.diff(dim=1)
+    if judged_NT is not None:
+        judged_NT = judged_NT[:, :-1]
+    return _mean(_distance(kind, change_NTCHW), judged_NT)
+
+
+def latent_loss(
+    latents_NTCHW: Tensor, teacher_NTCHW: Tensor, judged_NT: Tensor | None = None
+) -> Tensor:
     """Mean squared error to the teacher's normalised latents.
 
     Raises:
@@ -101,7 +218,7 @@ def latent_loss(latents_NTCHW: Tensor, teacher_NTCHW: Tensor) -> Tensor:
             f"teacher {tuple(teacher_NTCHW.shape)}: choose data.frames and a variant "
             "that suit the teacher"
         )
-    return F.mse_loss(latents_NTCHW, teacher_NTCHW)
+    return _mean((latents_NTCHW - teacher_NTCHW).square(), judged_NT)
 
 
 def latent_scale_loss(latents_NTCHW: Tensor) -> Tensor:
@@ -111,6 +228,22 @@ def latent_scale_loss(latents_NTCHW: Tensor) -> Tensor:
     diffusion model expects them.
     """
     return (latents_NTCHW.square().mean((1, 2, 3, 4)) - 1).square().mean()
+
+
+def consistency_loss(
+    model: TAEHV, decoded_NTCHW: Tensor, latents_NTCHW: Tensor
+) -> Tensor:
+    """Mean squared error between latents and what their frames are encoded to again.
+
+    A video that is decoded and encoded in turn, as world models do, then stays where it
+    is. Latents whose frames are cut off are left out, if others remain.
+    """
+    again_NTCHW = model.encode_video(decoded_NTCHW)
+    frames, factor = decoded_NTCHW.shape[1], model.variant.time_factor
+    whole = again_NTCHW.shape[1]
+    if model.variant.frames_of(latents_NTCHW.shape[1]) > frames:
+        whole = max(1, frames // factor)
+    return F.mse_loss(again_NTCHW[:, :whole], latents_NTCHW.detach()[:, :whole])
 
 
 def psnr(mean_squared_error: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from taehv.data import (
     ClipLoader,
     build_file_lists,
     to_frames,
+    toss,
     validation_batches,
 )
 from taehv.distributed import (
@@ -48,7 +49,8 @@ from taehv.distributed import (
 )
 from taehv.errors import UserError
 from taehv.logging import RunLog, clock, log, set_up_console, write_text
-from taehv.losses import psnr, training_losses
+from taehv.losses import Targets, psnr, training_losses
+from taehv.metrics import warn_of_scale
 from taehv.model import TAEHV
 from taehv.optim import Ema, build_optimizer, learning_rate
 from taehv.teacher import check_teacher, load_teacher
@@ -144,10 +146,13 @@ class Trainer:
         # have different numbers of clips.
         self.judge = TAEHV(config.model.variant).to(world.device, self.dtype).eval()
         self.roots = [self.model.encoder, self.model.decoder]
+        for root, name in zip(self.roots, ("encoder", "decoder"), strict=True):
+            root.requires_grad_(config.model.trained in ("both", name))
         self.compiled = compile_in_place(self.roots, config.compile, world.device)
         shard(self.roots, world.mesh, self.dtype, config.parallelism.cpu_offload)
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(self.parameters.values(), config.optim)
+        self.trained = [p for p in self.parameters.values() if p.requires_grad]
+        self.optimizer = build_optimizer(self.trained, config.optim)
         self.ema = Ema(self.parameters, config.optim.ema_decay)
 
     def _build_teacher(self) -> None:
@@ -316,17 +321,16 @@ class Trainer:
             waited += time.monotonic() - start
             self._note_failures(batch)
             set_gradient_sync(self.roots, part == parts - 1)
-            frames_NTCHW = to_frames(batch, self.world.device, self.exact)
-            terms = training_losses(
-                self.model, self.teacher, frames_NTCHW, self.config.loss
-            )
+            targets = self._targets(batch)
+            terms = training_losses(self.model, targets, self.config.loss)
             (terms["loss"] / parts).backward()
-            values = values.to(frames_NTCHW) + torch.stack(
+            values = values.to(terms["loss"]) + torch.stack(
                 [term.detach() for term in terms.values()]
             )
             losses.append((batch.sources, terms["loss"].detach()))
         record = dict(zip(terms, mean_over_ranks(values / parts).tolist(), strict=True))
-        record["psnr"] = psnr(torch.tensor(record.pop("mse"))).item()
+        if "mse" in record:
+            record["psnr"] = psnr(torch.tensor(record.pop("mse"))).item()
         update = self._update(math.isfinite(record["loss"]))
         if self.bad_in_row:
             self._tell_skipped(losses)
@@ -340,12 +344,24 @@ class Trainer:
             }
             self.log.step({"step": self.counts.step, **record}, speed)
 
+    def _targets(self, batch: Batch) -> Targets:
+        frames_NTCHW = to_frames(batch, self.world.device, self.exact)
+        targets = Targets(frames_NTCHW)
+        if self.teacher is not None:
+            with torch.no_grad():
+                latents_NTCHW = self.teacher.encode(frames_NTCHW, batch.numbers)
+            targets.latents_NTCHW = latents_NTCHW.to(self.exact)
+        if self.config.loss.decoder_latents == "mixture":
+            own_N = toss(self.config.training.seed, batch.numbers)
+            targets.own_N = own_N.to(self.world.device, non_blocking=True)
+        return targets
+
     def _update(self, finite: bool) -> dict[str, Any]:
         """Apply the gradients unless they or the loss are not finite."""
         settings, step = self.config.optim, self.counts.step
         norm = full(
             torch.nn.utils.clip_grad_norm_(
-                self.parameters.values(), settings.max_grad_norm or math.inf
+                self.trained, settings.max_grad_norm or math.inf
             )
         ).item()
         rate = learning_rate(step, self.config.training.steps, settings)
@@ -413,7 +429,9 @@ class Trainer:
             total=settings.clips,
             batch_size=self._local_batch_size(),
         )
-        result = validate(self.judge, batches, self.world.device, self.stop)
+        result = validate(
+            self.judge, self.teacher, batches, self.world.device, self.stop
+        )
         if self.stop.agreed():
             return
         if result is None:
@@ -425,21 +443,18 @@ class Trainer:
             self._tell(result)
 
     def _tell(self, result: ValidationResult) -> None:
-        step = self.counts.step
+        step, values = self.counts.step, result.scalars()
         log.info(
-            f"validation at step {step}: PSNR {result.psnr:.2f} dB on {result.clips} "
-            f"held-out clips ({clock(result.seconds)})"
+            f"validation at step {step}: PSNR {values['psnr']:.2f} dB on "
+            f"{result.clips} held-out clips ({clock(result.seconds)})"
         )
-        self.log.validation(
-            step,
-            {
-                "psnr": result.psnr,
-                "mean_color_psnr": result.mean_color_psnr,
-                "latent_rms": result.latent_rms,
-                "clips": result.clips,
-                "seconds": result.seconds,
-            },
-        )
+        if result.latents is not None:
+            log.info(
+                f"its PSNR from the teacher's latents {values['decoder_psnr']:.2f} dB, "
+                f"the teacher's own {values['teacher_psnr']:.2f} dB; {result.latents}"
+            )
+            warn_of_scale(result.latents)
+        self.log.validation(step, values)
         if not result.pictures:
             return
         picture = picture_strip(result.pictures)

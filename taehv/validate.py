@@ -13,7 +13,9 @@ from torch import Tensor
 from taehv.data import Batch, to_frames
 from taehv.distributed import StopSignal, sum_over_ranks
 from taehv.losses import aligned, psnr
+from taehv.metrics import LatentReport, LatentStatistics
 from taehv.model import TAEHV
+from taehv.teacher import Teacher
 
 log = logging.getLogger("taehv")
 
@@ -22,21 +24,37 @@ log = logging.getLogger("taehv")
 class ValidationResult:
     """Means over the clips of all processes, and pictures of this process's first."""
 
-    psnr: float
-    """PSNR of the reconstruction in dB, clamped to [0, 1]."""
-    mean_color_psnr: float
-    """PSNR in dB of painting each clip in its mean colour: what any model must beat."""
+    means: dict[str, float]
+    """In dB, of frames clamped to [0, 1]: "psnr", input against own reconstruction;
+    "mean_color_psnr", painting each clip in its mean colour, which any model must beat;
+    with a teacher "decoder_psnr", the teacher's latents decoded by the student, and
+    "teacher_psnr", decoded by the teacher."""
     latent_rms: float
-    """Root mean square of the latents; a diffusion model expects about 1."""
+    """Root mean square of the student's latents; a diffusion model expects about 1."""
+    latents: LatentReport | None
+    """Against the teacher's, where there is one."""
     clips: int
     seconds: float
-    pictures: list[tuple[Tensor, Tensor]] = field(repr=False)
-    """Pairs of input and reconstruction, frames_TCHW on the CPU, RGB in [0, 1]."""
+    pictures: list[tuple[Tensor, ...]] = field(repr=False)
+    """Input, reconstruction and, with a teacher, the teacher's latents decoded by the
+    student; frames_TCHW on the CPU, RGB in [0, 1]."""
+
+    def scalars(self) -> dict[str, float]:
+        """By the names that curves and records have."""
+        latents = self.latents.scalars() if self.latents else {}
+        return {
+            **self.means,
+            "latent_rms": self.latent_rms,
+            **latents,
+            "clips": self.clips,
+            "seconds": self.seconds,
+        }
 
 
 @torch.no_grad()
 def validate(
     model: TAEHV,
+    teacher: Teacher | None,
     batches: Iterable[Batch],
     device: torch.device,
     stop: StopSignal,
@@ -47,6 +65,7 @@ def validate(
     Args:
         model: an unsharded model, so that processes may have different numbers of
             clips.
+        teacher: to be compared with.
         batches: this process's clips.
         device: where the model is.
         stop: ends the validation early; the result is then of no use.
@@ -56,45 +75,79 @@ def validate(
         None where no process could decode a clip.
     """
     start = time.monotonic()
-    dtype = next(model.parameters()).dtype
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    kept: list[tuple[Tensor, Tensor]] = []
+    judge = _Judge(model, teacher, device)
+    kept: list[tuple[Tensor, ...]] = []
     for batch in batches:
         if stop.received:
             break
         for failure in batch.failures:
             log.warning(f"left out a held-out clip, {failure}")
-        if not len(batch.frames_NTHWC):
-            continue
-        frames_NTCHW = to_frames(batch, device)
-        latents_NTCHW = model.encode_video(frames_NTCHW.to(dtype))
-        decoded_NTCHW = model.decode_video(latents_NTCHW).float()
-        target_NTCHW, decoded_NTCHW = aligned(frames_NTCHW, decoded_NTCHW)
-        mean_N1C11 = target_NTCHW.mean((1, 3, 4), keepdim=True)
-        sums += torch.stack(
-            [
-                _clip_psnr(decoded_NTCHW, target_NTCHW).sum(),
-                _clip_psnr(mean_N1C11, target_NTCHW).sum(),
-                latents_NTCHW.float().square().mean((1, 2, 3, 4)).sum(),
-                torch.tensor(float(len(frames_NTCHW)), device=device),
+        if len(batch.frames_NTHWC):
+            shown = judge.add(batch)
+            kept += list(zip(*(x.cpu() for x in shown), strict=True))[
+                : pictures - len(kept)
             ]
+    return judge.result(start, kept)
+
+
+class _Judge:
+    """Sums over clips, and what they are made of."""
+
+    def __init__(
+        self, model: TAEHV, teacher: Teacher | None, device: torch.device
+    ) -> None:
+        self.model, self.teacher, self.device = model, teacher, device
+        self.dtype = next(model.parameters()).dtype
+        self.names = ["psnr", "mean_color_psnr"]
+        self.names += ["decoder_psnr", "teacher_psnr"] if teacher else []
+        # The means, then the latents' mean square and the number of clips.
+        self.sums = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=device)
+        channels = model.variant.latent_channels
+        self.latents = LatentStatistics(channels, device) if teacher else None
+
+    def add(self, batch: Batch) -> list[Tensor]:
+        """Take in a batch; returns the frames to be seen beside one another."""
+        frames_NTCHW = to_frames(batch, self.device)
+        latents_NTCHW = self.model.encode_video(frames_NTCHW.to(self.dtype))
+        shown = list(aligned(frames_NTCHW, self._decoded(latents_NTCHW)))
+        mean_color_NTCHW = shown[0].mean((1, 3, 4), keepdim=True).expand_as(shown[0])
+        judged = [shown[1], mean_color_NTCHW]
+        if self.teacher is not None:
+            teacher_NTCHW = self.teacher.encode(frames_NTCHW, batch.numbers)
+            self.latents.add(latents_NTCHW, teacher_NTCHW)
+            decoded = [self._decoded(teacher_NTCHW), self.teacher.decode(teacher_NTCHW)]
+            judged += decoded
+            shown.append(decoded[0][:, : shown[0].shape[1]])
+        values = [_clip_psnr(frames_NTCHW, x_NTCHW) for x_NTCHW in judged]
+        values.append(latents_NTCHW.double().square().mean((1, 2, 3, 4)))
+        values.append(torch.ones_like(values[0]))
+        self.sums += torch.stack(values).sum(1)
+        return shown
+
+    def _decoded(self, latents_NTCHW: Tensor) -> Tensor:
+        return self.model.decode_video(latents_NTCHW.to(self.dtype)).float()
+
+    def result(
+        self, start: float, pictures: list[tuple[Tensor, ...]]
+    ) -> ValidationResult | None:
+        *sums, mean_square, clips = sum_over_ranks(self.sums).tolist()
+        if self.latents is not None:
+            sum_over_ranks(self.latents.sums_6C)
+        if not clips:
+            return None
+        means = [value / clips for value in sums]
+        return ValidationResult(
+            means=dict(zip(self.names, means, strict=True)),
+            latent_rms=(mean_square / clips) ** 0.5,
+            latents=self.latents and self.latents.report(),
+            clips=int(clips),
+            seconds=time.monotonic() - start,
+            pictures=pictures,
         )
-        for pair in zip(target_NTCHW, decoded_NTCHW, strict=True):
-            if len(kept) < pictures:
-                kept.append((pair[0].cpu(), pair[1].cpu()))
-    ours, mean_color, mean_square, clips = sum_over_ranks(sums).tolist()
-    if not clips:
-        return None
-    return ValidationResult(
-        psnr=ours / clips,
-        mean_color_psnr=mean_color / clips,
-        latent_rms=(mean_square / clips) ** 0.5,
-        clips=int(clips),
-        seconds=time.monotonic() - start,
-        pictures=kept,
-    )
 
 
-def _clip_psnr(decoded_NTCHW: Tensor, target_NTCHW: Tensor) -> Tensor:
-    difference = decoded_NTCHW.double() - target_NTCHW.double()
+def _clip_psnr(frames_NTCHW: Tensor, decoded_NTCHW: Tensor) -> Tensor:
+    """PSNR in dB of each clip, over the frames that both have."""
+    frames_NTCHW, decoded_NTCHW = aligned(frames_NTCHW, decoded_NTCHW)
+    difference = decoded_NTCHW.double() - frames_NTCHW.double()
     return psnr(difference.square().mean((1, 2, 3, 4)))

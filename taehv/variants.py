@@ -103,6 +103,13 @@ class Variant:
         runs = self.kept_frames(latents, upscale)
         return sum(run.stop - run.start for run in runs)
 
+    def lead_frames(self, latents: int, lead: int) -> int:
+        """How many of the frames of `latents` latents come from the first `lead`."""
+        end = lead * self.time_factor
+        return sum(
+            max(0, min(run.stop, end) - run.start) for run in self.kept_frames(latents)
+        )
+
     def target_frames(self, frames: int) -> int:
         """How many leading input frames the decoded frames are compared with.
 

@@ -17,12 +17,13 @@ def to_uint8(frames_TCHW: Tensor) -> np.ndarray:
 
 
 def picture_strip(
-    clips: list[tuple[Tensor, Tensor]], columns: int = 8, gap: int = 2
+    clips: list[tuple[Tensor, ...]], columns: int = 8, gap: int = 2
 ) -> np.ndarray:
-    """Clips under one another, the input's frames above the reconstruction's.
+    """Clips under one another, the input's frames above those of each reconstruction.
 
     Args:
-        clips: pairs of input and reconstruction, frames_TCHW, RGB in [0, 1], one shape.
+        clips: of each the input and its reconstructions, frames_TCHW, RGB in [0, 1],
+            all of one shape.
         columns: frames to show, spread over each clip.
         gap: white pixels between frames; twice as many between clips.
 
@@ -42,8 +43,8 @@ def picture_strip(
     return np.concatenate(rows[:-1])
 
 
-def side_by_side(clips: list[tuple[Tensor, Tensor]], repeat: int = 1) -> np.ndarray:
-    """Clips after one another, input on the left and reconstruction on the right.
+def side_by_side(clips: list[tuple[Tensor, ...]], repeat: int = 1) -> np.ndarray:
+    """Clips after one another, input on the left and reconstructions on its right.
 
     Args:
         clips: as in picture_strip.

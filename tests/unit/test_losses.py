@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from taehv import TAEHV, VARIANTS
 from taehv.config import Loss
 from taehv.losses import (
+    Targets,
     aligned,
+    judged,
     latent_loss,
     latent_scale_loss,
     psnr,
     reconstruction_loss,
+    temporal_loss,
     training_losses,
 )
 from taehv.model import MemoryBlock, TGrow, TPool
@@ -78,35 +81,19 @@ def test_psnr(mean_squared_error: float, decibels: float) -> None:
 # The sum of the terms
 
 
-class FixedTeacher:
-    """Gives the same latents for every clip."""
-
-    def __init__(self, latents_NTCHW: Tensor) -> None:
-        self.latent_channels = latents_NTCHW.shape[2]
-        self.latents_NTCHW = latents_NTCHW
-
-    def check(self, frames: int, height: int, width: int) -> None:
-        """Take any clip."""
-
-    def encode(self, frames_NTCHW: Tensor) -> Tensor:
-        """The latents it was made with, in a number format of its own."""
-        assert not torch.is_grad_enabled()
-        return self.latents_NTCHW
-
-
 @pytest.fixture(scope="module")
-def small() -> tuple[TAEHV, Tensor, FixedTeacher]:
-    """A student in double precision, clips of 5 frames, and a teacher for them."""
+def small() -> tuple[TAEHV, Tensor, Tensor]:
+    """A student in double precision, clips of 5 frames, and a teacher's latents."""
     torch.manual_seed(0)
     student = TAEHV("taehv").double()
     frames_NTCHW = torch.rand(4, 5, 3, 16, 16).double()
-    return student, frames_NTCHW, FixedTeacher(torch.randn(4, 2, 16, 2, 2).bfloat16())
+    return student, frames_NTCHW, torch.randn(4, 2, 16, 2, 2).double()
 
 
-def test_terms_without_a_teacher(small: tuple[TAEHV, Tensor, FixedTeacher]) -> None:
+def test_terms_without_a_teacher(small: tuple[TAEHV, Tensor, Tensor]) -> None:
     student, frames_NTCHW, _ = small
     settings = Loss("l1", 3.0, latent_weight=1e9, latent_scale_weight=0.5)
-    terms = training_losses(student, None, frames_NTCHW, settings)
+    terms = training_losses(student, Targets(frames_NTCHW), settings)
     latents_NTCHW = student.encode_video(frames_NTCHW)
     decoded_NTCHW = student.decode_video(latents_NTCHW, clamp=False)
     distance = (decoded_NTCHW - frames_NTCHW).abs().mean()
@@ -120,11 +107,10 @@ def test_terms_without_a_teacher(small: tuple[TAEHV, Tensor, FixedTeacher]) -> N
     assert terms["loss"].item() == pytest.approx(expected.item())
 
 
-def test_terms_with_a_teacher(small: tuple[TAEHV, Tensor, FixedTeacher]) -> None:
-    student, frames_NTCHW, teacher = small
+def test_terms_with_a_teacher(small: tuple[TAEHV, Tensor, Tensor]) -> None:
+    student, frames_NTCHW, theirs_NTCHW = small
     settings = Loss("mse", 3.0, latent_weight=0.5, latent_scale_weight=1e9)
-    terms = training_losses(student, teacher, frames_NTCHW, settings)
-    theirs_NTCHW = teacher.latents_NTCHW.double()
+    terms = training_losses(student, Targets(frames_NTCHW, theirs_NTCHW), settings)
     decoded_NTCHW = student.decode_video(theirs_NTCHW, clamp=False)
     distance = (decoded_NTCHW - frames_NTCHW).square().mean()
     latent = (student.encode_video(frames_NTCHW) - theirs_NTCHW).square().mean()
@@ -145,15 +131,16 @@ def gradient_sizes(student: TAEHV, loss: Tensor) -> tuple[float, float]:
     return encoder, decoder
 
 
-def test_which_term_trains_what(small: tuple[TAEHV, Tensor, FixedTeacher]) -> None:
-    student, frames_NTCHW, teacher = small
-    terms = training_losses(student, teacher, frames_NTCHW, Loss())
+def test_which_term_trains_what(small: tuple[TAEHV, Tensor, Tensor]) -> None:
+    student, frames_NTCHW, theirs_NTCHW = small
+    taught = Targets(frames_NTCHW, theirs_NTCHW)
+    terms = training_losses(student, taught, Loss())
     encoder, decoder = gradient_sizes(student, terms["latent"])
     assert encoder > 0 and decoder == 0
-    terms = training_losses(student, teacher, frames_NTCHW, Loss())
+    terms = training_losses(student, taught, Loss())
     encoder, decoder = gradient_sizes(student, terms["reconstruction"])
     assert encoder == 0 and decoder > 0
-    terms = training_losses(student, None, frames_NTCHW, Loss())
+    terms = training_losses(student, Targets(frames_NTCHW), Loss())
     encoder, decoder = gradient_sizes(student, terms["reconstruction"])
     assert encoder > 0 and decoder > 0
     assert not terms["mse"].requires_grad
@@ -164,33 +151,135 @@ def test_saturated_frames_keep_their_gradient() -> None:
     with torch.no_grad():
         student.decoder[-1].weight.zero_()
         student.decoder[-1].bias.fill_(1.5)
-    terms = training_losses(student, None, torch.ones(1, 1, 3, 8, 8), Loss())
+    terms = training_losses(student, Targets(torch.ones(1, 1, 3, 8, 8)), Loss())
     assert terms["reconstruction"].item() == pytest.approx(0.25)
     assert terms["mse"].item() == 0
     terms["loss"].backward()
     assert student.decoder[-1].bias.grad.tolist() == pytest.approx([1 / 3] * 3)
 
 
+EVERYTHING = Loss(
+    decoder_latents="mixture", temporal_weight=0.5, consistency_weight=0.25
+)
+
+
 @pytest.mark.parametrize("taught", [False, True])
 def test_losses_are_means_over_clips(
-    small: tuple[TAEHV, Tensor, FixedTeacher], taught: bool
+    small: tuple[TAEHV, Tensor, Tensor], taught: bool
 ) -> None:
     """Else the split of a batch over processes would change what is minimised."""
-    student, frames_NTCHW, teacher = small
-    latents_NTCHW = teacher.latents_NTCHW
-    whole = training_losses(student, teacher if taught else None, frames_NTCHW, Loss())
-    halves = [
-        training_losses(
-            student,
-            FixedTeacher(latents_NTCHW[half]) if taught else None,
-            frames_NTCHW[half],
-            Loss(),
-        )
-        for half in (slice(2), slice(2, 4))
-    ]
+    student, frames_NTCHW, theirs_NTCHW = small
+    own_N = torch.tensor([True, False, False, True])
+    masks = judged(student.variant, torch.tensor([0, 1, 1, 0]), 2, 5)
+
+    def losses(clips: slice) -> dict[str, Tensor]:
+        targets = Targets(frames_NTCHW[clips])
+        if taught:
+            mine = [x[clips] for x in (theirs_NTCHW, *masks, own_N)]
+            targets = Targets(frames_NTCHW[clips], *mine)
+        return training_losses(student, targets, EVERYTHING)
+
+    whole, halves = losses(slice(4)), (losses(slice(2)), losses(slice(2, 4)))
     for name, value in whole.items():
         mean = (halves[0][name] + halves[1][name]) / 2
         assert value.item() == pytest.approx(mean.item()), name
+
+
+def test_what_the_decoder_decodes(small: tuple[TAEHV, Tensor, Tensor]) -> None:
+    student, frames_NTCHW, theirs_NTCHW = small
+    own_N = torch.tensor([True, False, True, False])
+    targets = Targets(frames_NTCHW, theirs_NTCHW, own_N=own_N)
+    ours_NTCHW = student.encode_video(frames_NTCHW)
+    for choice, latents_NTCHW in {
+        "teacher": theirs_NTCHW,
+        "own": ours_NTCHW,
+        "mixture": torch.stack(
+            [(ours_NTCHW if own else theirs_NTCHW)[i] for i, own in enumerate(own_N)]
+        ),
+    }.items():
+        terms = training_losses(student, targets, Loss(decoder_latents=choice))
+        decoded_NTCHW = student.decode_video(latents_NTCHW, clamp=False)
+        expected = (decoded_NTCHW - frames_NTCHW).square().mean()
+        assert terms["reconstruction"].item() == pytest.approx(expected.item()), choice
+        encoder, decoder = gradient_sizes(student, terms["reconstruction"])
+        assert (encoder > 0) == (choice != "teacher") and decoder > 0
+
+
+def test_temporal_loss_sees_changes_alone(pair: tuple[Tensor, Tensor]) -> None:
+    decoded_NTCHW, frames_NTCHW = pair
+    darker_NTCHW = frames_NTCHW - 0.5
+    assert temporal_loss(darker_NTCHW, frames_NTCHW, "mse").item() < 1e-12
+    changes = [x[:, 1:] - x[:, :-1] for x in pair]
+    expected = (changes[0] - changes[1]).abs().mean().item()
+    assert temporal_loss(*pair, "l1").item() == pytest.approx(expected)
+    frames_NTCHW[:, 0] = 9
+    decoded_NTCHW[:, 0] = -9
+    judged_NT = torch.tensor([[False, True, True]] * 2)
+    expected = (changes[0] - changes[1])[:, 1:].abs().mean().item()
+    assert temporal_loss(*pair, "l1", judged_NT).item() == pytest.approx(expected)
+
+
+def test_consistency_re_encodes_what_was_decoded(
+    small: tuple[TAEHV, Tensor, Tensor],
+) -> None:
+    student, frames_NTCHW, theirs_NTCHW = small
+    settings = Loss(consistency_weight=2.0)
+    terms = training_losses(student, Targets(frames_NTCHW, theirs_NTCHW), settings)
+    decoded_NTCHW = student.decode_video(theirs_NTCHW, clamp=False)
+    again_NTCHW = student.encode_video(decoded_NTCHW)
+    expected = (again_NTCHW - theirs_NTCHW).square().mean()
+    assert terms["consistency"].item() == pytest.approx(expected.item())
+    assert terms["loss"].item() == pytest.approx(
+        (terms["latent"] + terms["reconstruction"] + 2 * expected).item()
+    )
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_training_one_part(small: tuple[TAEHV, Tensor, Tensor], part: str) -> None:
+    """The other is run only where a gradient passes through it."""
+    student, frames_NTCHW, theirs_NTCHW = small
+    frozen = student.decoder if part == "encoder" else student.encoder
+    frozen.requires_grad_(False)
+    taught = training_losses(student, Targets(frames_NTCHW, theirs_NTCHW), Loss())
+    other = {"encoder": {"latent"}, "decoder": {"reconstruction", "mse"}}[part]
+    assert set(taught) == {"loss", *other}
+    for targets in (Targets(frames_NTCHW, theirs_NTCHW), Targets(frames_NTCHW)):
+        sizes = gradient_sizes(
+            student, training_losses(student, targets, Loss())["loss"]
+        )
+        encoder, decoder = sizes
+        assert (encoder > 0, decoder > 0) == (part == "encoder", part == "decoder")
+    frozen.requires_grad_(True)
+
+
+@pytest.mark.parametrize("lead", [0, 1, 2])
+@pytest.mark.parametrize("name", ["taehv", "taecvx", "taeltx_2", "taeh3"])
+def test_lead_frames_are_those_of_the_lead_latents(name: str, lead: int) -> None:
+    """Changing the lead latents' decoder output changes those frames and no others."""
+    variant = VARIANTS[name]
+    for latents in (4, 5, 7):
+        raw_T = torch.arange(latents * variant.time_factor)
+        kept_T = torch.cat([raw_T[run] for run in variant.kept_frames(latents)])
+        from_lead = int((kept_T < lead * variant.time_factor).sum())
+        frames = len(kept_T)
+        masks = judged(variant, torch.tensor([lead, 0]), latents, frames)
+        assert masks[0].sum(1).tolist() == [latents - lead, latents]
+        assert masks[1].sum(1).tolist() == [frames - from_lead, frames]
+        assert masks[1][0, from_lead:].all()
+
+
+def test_what_is_not_judged_has_no_gradient(
+    small: tuple[TAEHV, Tensor, Tensor], pair: tuple[Tensor, Tensor]
+) -> None:
+    decoded_NTCHW = pair[0].requires_grad_()
+    judged_NT = torch.tensor([[False, True, True], [True, True, True]])
+    loss = reconstruction_loss(decoded_NTCHW, pair[1], "mse", judged_NT)
+    error_NT = (pair[0] - pair[1]).square().mean((2, 3, 4))
+    expected = (error_NT[0, 1:].mean() + error_NT[1].mean()) / 2
+    assert loss.item() == pytest.approx(expected.item())
+    loss.backward()
+    assert (decoded_NTCHW.grad[0, 0] == 0).all()
+    assert (decoded_NTCHW.grad != 0).any((2, 3, 4)).sum() == 5
 
 
 # Alignment: a video whose frames carry their number
@@ -247,22 +336,12 @@ def compared_frames(name: str, frames: int) -> int:
     )
 
 
-class NumberTeacher:
-    """Puts the number of each frame of a latent into a channel of its own."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.latent_channels = VARIANTS[name].latent_channels
-
-    def check(self, frames: int, height: int, width: int) -> None:
-        """Take any clip."""
-
-    def encode(self, frames_NTCHW: Tensor) -> Tensor:
-        """Frames that numbered() made to latents_NTCHW of one pixel."""
-        groups = torch.tensor(frames_of_latents(self.name, frames_NTCHW.shape[1]))
-        latents_NTCHW = torch.zeros(1, len(groups), self.latent_channels, 1, 1)
-        latents_NTCHW[0, :, : groups.shape[1], 0, 0] = STEP * (groups + 1)
-        return latents_NTCHW
+def teach(name: str, frames: int) -> Tensor:
+    """Latents_NTCHW of numbered(): each frame's number in a channel of its own."""
+    groups = torch.tensor(frames_of_latents(name, frames))
+    latents_NTCHW = torch.zeros(1, len(groups), VARIANTS[name].latent_channels, 1, 1)
+    latents_NTCHW[0, :, : groups.shape[1], 0, 0] = STEP * (groups + 1)
+    return latents_NTCHW
 
 
 def route(conv: nn.Conv2d, sources: dict[int, int]) -> None:
@@ -365,7 +444,7 @@ def test_a_student_is_judged_frame_by_frame(carrier: TAEHV, frames: int) -> None
     expected = list(range(compared_frames(name, frames)))
     assert numbers_in(target_NTCHW) == expected
     assert numbers_in(decoded_NTCHW) == expected
-    terms = training_losses(carrier, None, frames_NTCHW, Loss())
+    terms = training_losses(carrier, Targets(frames_NTCHW), Loss())
     assert terms["reconstruction"] < 1e-3 * STEP**2
 
 
@@ -382,12 +461,12 @@ def legal_lengths(name: str) -> list[int]:
 def test_a_teachers_latents_decode_to_their_frames(carrier: TAEHV) -> None:
     name = carrier.variant_name
     unpack_frames(carrier.decoder, carrier.variant.time_factor)
-    teacher = NumberTeacher(name)
     for frames in legal_lengths(name):
         frames_NTCHW = numbered(name, frames)
-        latents_NTCHW = teacher.encode(frames_NTCHW)
+        latents_NTCHW = teach(name, frames)
         decoded_NTCHW = carrier.decode_video(latents_NTCHW, clamp=False)
         assert numbers_in(decoded_NTCHW) == list(range(frames))
         assert latents_NTCHW.shape[1] == carrier.variant.latents_of(frames)
-        terms = training_losses(carrier, teacher, frames_NTCHW, Loss())
+        targets = Targets(frames_NTCHW, latents_NTCHW)
+        terms = training_losses(carrier, targets, Loss())
         assert terms["reconstruction"] < 1e-3 * STEP**2

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 class Projection:
     latent_channels = 16
+    fingerprint = "projection"
 
     def __init__(self, path, device):
         self.path, self.device = path, device
@@ -37,12 +38,17 @@ class Projection:
             legal = round((frames - 1) / 4) * 4 + 1
             raise ValueError(f"{frames} frames are none of 4 k + 1: take {legal}")
 
-    def encode(self, frames_NTCHW):
+    def encode(self, frames_NTCHW, seeds):
         """Latent 0 is frame 0, latent i the mean of frames 4 i - 3 to 4 i."""
         patches = F.pixel_unshuffle(frames_NTCHW.float() - 0.5, 8)
         groups = [patches[:, :1], *patches[:, 1:].split(4, 1)]
         means = torch.stack([group.mean(1) for group in groups], 1)
         return torch.einsum("oc,ntchw->ntohw", self.weight, means) / 4
+
+    def decode(self, latents_NTCHW):
+        """Mid grey: what a bad teacher's decoder makes of everything."""
+        N, T, _, H, W = latents_NTCHW.shape
+        return torch.full((N, 4 * T - 3, 3, 8 * H, 8 * W), 0.5)
 '''
 
 
@@ -99,7 +105,7 @@ def test_errors_of_the_teachers_own_are_not_renamed(modules: Path) -> None:
 def test_the_class_gets_path_and_device(modules: Path) -> None:
     teacher = load_teacher(Teacher("own_teacher:Projection", "some/folder"), CPU)
     assert (teacher.path, teacher.device) == ("some/folder", CPU)
-    assert teacher.encode(torch.rand(2, 9, 3, 16, 24)).shape == (2, 3, 16, 2, 3)
+    assert teacher.encode(torch.rand(2, 9, 3, 16, 24), [0, 1]).shape == (2, 3, 16, 2, 3)
 
 
 def test_clips_and_students_that_do_not_fit(modules: Path) -> None:
@@ -131,6 +137,10 @@ def test_a_student_learns_the_latents_of_a_teacher(
         assert "latent_scale" not in record
         total = record["latent"] + record["reconstruction"]
         assert record["loss"] == pytest.approx(total, rel=1e-5)
+    lines = (run.folder / "validation.jsonl").read_text().splitlines()
+    first, *_, last = map(json.loads, lines)
+    assert last["latent_correlation"] > first["latent_correlation"] + 0.1
+    assert last["teacher_psnr"] == first["teacher_psnr"] < last["decoder_psnr"]
     with safe_open(run.folder / "export/taehv.safetensors", "pt") as file:
         assert file.metadata()["latent_space"] == "HunyuanVideo"
     about = json.loads((run.folder / "checkpoints/step-40/about.json").read_text())
