@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from taehv.config import Checkpoint
 from taehv.errors import UserError
-from taehv.optim import Ema
+from taehv.optim import AdamW, Ema
 from taehv.weights import check_tensors
 
 State = dict[str, dict[str, Tensor]]
@@ -286,7 +286,7 @@ def _check_fit(path: Path, metadata: Metadata, state: State) -> None:
 
 
 def training_state(
-    model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer, counts: dict[str, int]
+    model: nn.Module, ema: Ema, optimizer: AdamW, counts: dict[str, int]
 ) -> State:
     """Everything a run goes on from, as tensors that a load fills in place.
 
@@ -299,7 +299,7 @@ def training_state(
         "optimizer": {
             f"{name}.{key}": value
             for name, parameter in parameters.items()
-            if parameter.requires_grad
+            if parameter in optimizer.state
             for key, value in optimizer.state[parameter].items()
         },
         "counts": {key: torch.tensor(value) for key, value in counts.items()},

@@ -1,4 +1,10 @@
-"""AdamW, learning-rate schedules and averaged weights."""
+"""AdamW on this process's shards, learning-rate schedules and averaged weights.
+
+Everything here is elementwise but the gradient's norm, so that it works on the local
+parts of sharded tensors: DTensor would add milliseconds a step. Nothing waits for the
+device, and all that changes from step to step is read from its memory, so that a CUDA
+graph can hold it.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +12,102 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from taehv.config import Optim
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], settings: Optim
-) -> torch.optim.AdamW:
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class AdamW:
     """Fused AdamW whose state exists from the start.
 
     State that is there before the first step can be loaded in place, and keeps its
     addresses for the whole run.
+
+    Args:
+        parameters: plain, or sharded by FSDP2.
+        settings: section [optim].
+        shard_group: processes that share one copy of the parameters; None where each
+            has a whole one.
     """
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        settings: Optim,
+        shard_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.max_grad_norm = settings.max_grad_norm or math.inf
+        self.shard_group = shard_group
+        self.state = {
+            parameter: {
+                "step": torch.zeros((), device=local(parameter).device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for parameter in self.parameters
         }
-    return optimizer
+        self._locals = [local(parameter.detach()) for parameter in self.parameters]
+        device = self._locals[0].device
+        # The CUDA kernel reads fp32.
+        exact = torch.float64 if device.type == "cpu" else torch.float32
+        self.lr = torch.zeros((), dtype=exact, device=device)
+        self._adamw = torch.optim.AdamW(
+            self._locals,
+            lr=self.lr,
+            betas=(settings.betas[0], settings.betas[1]),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
+        for part, state in zip(self._locals, self.state.values(), strict=True):
+            self._adamw.state[part] = {k: local(v) for k, v in state.items()}
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip the gradients by their joint norm and apply them, or skip them.
+
+        A loss or gradient that is not finite, on any process, changes nothing on all.
+
+        Args:
+            loss: mean over all processes.
+
+        Returns:
+            The norm before clipping, and whether the gradients were applied, as
+            tensors.
+        """
+        gradients = [local(parameter.grad) for parameter in self.parameters]
+        norm = total_norm(gradients, self.shard_group)
+        is_good = norm.isfinite() & loss.to(norm.device).isfinite()
+        # The fused kernel divides by the one, and does nothing where the other is set.
+        self._adamw.grad_scale = (norm / self.max_grad_norm).clamp_min(1).float()
+        self._adamw.found_inf = (~is_good).float()
+        for part, gradient in zip(self._locals, gradients, strict=True):
+            part.grad = gradient
+        self._adamw.step()
+        for parameter, part in zip(self.parameters, self._locals, strict=True):
+            parameter.grad = part.grad = None
+        return norm, is_good
+
+
+def total_norm(
+    tensors: list[Tensor], shard_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Euclidean norm of all tensors together, over the processes that share them."""
+    norm = torch.nn.utils.get_total_norm(tensors)
+    if shard_group is None:
+        return norm
+    square = norm.square()
+    dist.all_reduce(square, group=shard_group)
+    return square.sqrt()
 
 
 def learning_rate(step: int, steps: int, settings: Optim) -> float:
@@ -62,17 +135,22 @@ class Ema:
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self._parameters = list(parameters.values())
         self.weights: dict[str, Tensor] = {
             name: parameter.detach().clone() for name, parameter in parameters.items()
         }
+        self._sources = [local(p.detach()) for p in parameters.values()]
+        self._averages = [local(weight) for weight in self.weights.values()]
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Follow the weights after a step, faster at first.
+    def share(self, step: int) -> float:
+        """What part of the average a step's weights become; more at first.
 
         Args:
             step: steps done before this one, from 0.
         """
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.weights.values()), self._parameters, 1 - decay)
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, share: Tensor) -> None:
+        """Move by `share` (a scalar, on the weights' device) towards the weights."""
+        torch._foreach_mul_(self._averages, 1 - share)
+        torch._foreach_add_(self._averages, torch._foreach_mul(self._sources, share))

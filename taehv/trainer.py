@@ -8,10 +8,10 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -41,24 +41,25 @@ from taehv.distributed import (
     compute_dtype,
     from_main,
     full,
-    mean_over_ranks,
-    set_gradient_sync,
     shard,
     started,
     sum_over_ranks,
 )
 from taehv.errors import UserError
 from taehv.logging import RunLog, clock, log, set_up_console, write_text
-from taehv.losses import Targets, psnr, training_losses
+from taehv.losses import Targets, psnr
 from taehv.metrics import warn_of_scale
 from taehv.model import TAEHV
-from taehv.optim import Ema, build_optimizer, learning_rate
+from taehv.optim import AdamW, Ema, learning_rate
+from taehv.step import StepResult, TrainingStep
 from taehv.teacher import check_teacher, load_teacher
 from taehv.validate import ValidationResult, validate
 from taehv.video import write_mp4
 from taehv.visualize import picture_strip, side_by_side
 from taehv.weights import save_weights
 
+STEPS_AHEAD = 2
+"""How far the host runs ahead of a GPU, which then never waits for it."""
 SAMPLE_RATE = 8
 """Frames a second of the sample clips, slow enough to see what differs."""
 
@@ -98,6 +99,33 @@ class Counts:
     skipped: int = 0
 
 
+@dataclass
+class Pending:
+    """A step that the device may still be at."""
+
+    step: int
+    samples: int
+    rate: float
+    sources: list[list[str]]
+    """Of each micro-batch."""
+    waited: float
+    """Seconds for data."""
+    result: StepResult
+
+    def __post_init__(self) -> None:
+        self._values = self.result.values
+        if self._values.is_cuda:
+            self._values = self._values.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def values(self) -> list[float]:
+        """What the step found out, waiting for it if need be."""
+        if self.result.values.is_cuda:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
 class Trainer:
     """One run on one process.
 
@@ -112,6 +140,7 @@ class Trainer:
         self.folder = config.job.folder
         self.counts = Counts()
         self.bad_in_row = 0
+        self.pending: deque[Pending] = deque()
         self.bad_clips = 0
         self.bad_files: set[str] = set()
         self.train_files, self.held_out = build_file_lists(config.data)
@@ -151,9 +180,19 @@ class Trainer:
         self.compiled = compile_in_place(self.roots, config.compile, world.device)
         shard(self.roots, world.mesh, self.dtype, config.parallelism.cpu_offload)
         self.parameters = dict(self.model.named_parameters())
-        self.trained = [p for p in self.parameters.values() if p.requires_grad]
-        self.optimizer = build_optimizer(self.trained, config.optim)
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        is_sharded = world.mesh["shard"].size() > 1
+        shard_group = world.mesh["shard"].get_group() if is_sharded else None
+        self.optimizer = AdamW(trained, config.optim, shard_group)
         self.ema = Ema(self.parameters, config.optim.ema_decay)
+        self.training_step = TrainingStep(
+            self.model,
+            self.roots,
+            self.optimizer,
+            self.ema,
+            config.loss,
+            graph=world.device.type == "cuda",
+        )
 
     def _build_teacher(self) -> None:
         self.teacher = load_teacher(self.config.teacher, self.world.device)
@@ -263,18 +302,26 @@ class Trainer:
         if not self._is_validated():
             self._validate()
         loader = self._loader()
+        self.noted = time.monotonic()
         try:
             while self.counts.step < steps and not self.stop.agreed():
                 self._step(loader)
                 last = self.counts.step == steps
                 # Saved first: a validation that fails or is killed costs itself.
                 if last or self.counts.step % config.checkpoint.interval == 0:
-                    self._save()
+                    self._between_steps(self._save)
                 if last or self.counts.step % config.validation.interval == 0:
-                    self._validate()
+                    self._between_steps(self._validate)
+            self._settle()
         finally:
             loader.close()
         self._finish()
+
+    def _between_steps(self, action: Callable[[], None]) -> None:
+        """Do what needs all steps to be done, and count its time to none of them."""
+        self._settle()
+        action()
+        self.noted = time.monotonic()
 
     def _is_validated(self) -> bool:
         """Whether the step that the run begins at has had the validation it is due."""
@@ -310,39 +357,57 @@ class Trainer:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def _step(self, batches: Iterator[Batch]) -> None:
+    def _step(self, loader: Iterator[Batch]) -> None:
         begin = time.monotonic()
-        parts = self._batch_parts()
-        waited, values = 0.0, torch.zeros(())
-        losses: list[tuple[list[str], Tensor]] = []
-        for part in range(parts):
-            start = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - start
+        batches = [next(loader) for _ in range(self._batch_parts())]
+        waited = time.monotonic() - begin
+        for batch in batches:
             self._note_failures(batch)
-            set_gradient_sync(self.roots, part == parts - 1)
-            targets = self._targets(batch)
-            terms = training_losses(self.model, targets, self.config.loss)
-            (terms["loss"] / parts).backward()
-            values = values.to(terms["loss"]) + torch.stack(
-                [term.detach() for term in terms.values()]
+        rate = learning_rate(
+            self.counts.step, self.config.training.steps, self.config.optim
+        )
+        targets = [self._targets(batch) for batch in batches]
+        result = self.training_step(targets, self.counts.step, rate)
+        self.counts.step += 1
+        self.counts.samples += self.config.training.global_batch_size
+        sources = [batch.sources for batch in batches]
+        self.pending.append(
+            Pending(
+                self.counts.step, self.counts.samples, rate, sources, waited, result
             )
-            losses.append((batch.sources, terms["loss"].detach()))
-        record = dict(zip(terms, mean_over_ranks(values / parts).tolist(), strict=True))
+        )
+        self._settle(STEPS_AHEAD if self.world.device.type == "cuda" else 0)
+
+    def _settle(self, steps_ahead: int = 0) -> None:
+        """Note the steps that are done, letting the device be some steps behind."""
+        while len(self.pending) > steps_ahead:
+            self._note(self.pending.popleft())
+
+    def _note(self, done: Pending) -> None:
+        names, values = done.result.names, done.values()
+        record = dict(zip(names, values, strict=False))
+        norm, is_applied, *losses = values[len(names) :]
         if "mse" in record:
             record["psnr"] = psnr(torch.tensor(record.pop("mse"))).item()
-        update = self._update(math.isfinite(record["loss"]))
-        if self.bad_in_row:
-            self._tell_skipped(losses)
-        record |= update
+        self.bad_in_row = 0 if is_applied else self.bad_in_row + 1
+        self.counts.skipped += not is_applied
+        if not is_applied:
+            self._tell_skipped(done, losses)
+        record |= {
+            "grad_norm": norm,
+            "learning_rate": done.rate,
+            "samples": done.samples,
+            "skipped": self.counts.skipped,
+        }
+        seconds = time.monotonic() - self.noted
+        self.noted += seconds
         if self.log is not None:
-            seconds = time.monotonic() - begin
             speed = {
                 "clips_per_second": self.config.training.global_batch_size / seconds,
-                "data_wait": waited / seconds,
+                "data_wait": done.waited / seconds,
                 **_memory_peaks(self.world.device),
             }
-            self.log.step({"step": self.counts.step, **record}, speed)
+            self.log.step({"step": done.step, **record}, speed)
 
     def _targets(self, batch: Batch) -> Targets:
         frames_NTCHW = to_frames(batch, self.world.device, self.exact)
@@ -356,41 +421,17 @@ class Trainer:
             targets.own_N = own_N.to(self.world.device, non_blocking=True)
         return targets
 
-    def _update(self, finite: bool) -> dict[str, Any]:
-        """Apply the gradients unless they or the loss are not finite."""
-        settings, step = self.config.optim, self.counts.step
-        norm = full(
-            torch.nn.utils.clip_grad_norm_(
-                self.trained, settings.max_grad_norm or math.inf
-            )
-        ).item()
-        rate = learning_rate(step, self.config.training.steps, settings)
-        if finite and math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.ema.update(step)
-            self.bad_in_row = 0
-        else:
-            self.counts.skipped += 1
-            self.bad_in_row += 1
-        self.optimizer.zero_grad()
-        self.counts.step += 1
-        self.counts.samples += self.config.training.global_batch_size
-        return {
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "samples": self.counts.samples,
-            "skipped": self.counts.skipped,
-        }
-
-    def _tell_skipped(self, losses: list[tuple[list[str], Tensor]]) -> None:
+    def _tell_skipped(self, done: Pending, losses: list[float]) -> None:
         """Name a skipped step's clips, the bad ones alone if they can be told."""
-        bad = [sources for sources, loss in losses if not loss.isfinite()]
+        bad = [
+            sources
+            for sources, loss in zip(done.sources, losses, strict=True)
+            if not math.isfinite(loss)
+        ]
         if self.log is not None or bad:
-            named = itertools.chain(*(bad or [sources for sources, _ in losses]))
+            named = itertools.chain(*(bad or done.sources))
             log.warning(
-                f"step {self.counts.step} is skipped, its loss or gradient is not "
+                f"step {done.step} is skipped, its loss or gradient is not "
                 f"finite; its clips are of {', '.join(named)}"
             )
         if self.bad_in_row >= self.config.training.max_bad_steps:

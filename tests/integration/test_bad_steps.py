@@ -13,6 +13,7 @@ import torch
 
 class Faulty:
     latent_channels = 16
+    fingerprint = "faulty"
     calls = 0
 
     def __init__(self, path, device):
@@ -21,7 +22,7 @@ class Faulty:
     def check(self, frames, height, width):
         pass
 
-    def encode(self, frames_NTCHW):
+    def encode(self, frames_NTCHW, seeds):
         self.calls += 1
         N, T, _, H, W = frames_NTCHW.shape
         latents_NTCHW = torch.zeros(N, -(-T // 4), 16, H // 8, W // 8)
@@ -34,7 +35,13 @@ def run(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run whose teacher gives NaN at the calls that its path lists."""
     (tmp_path / "faulty.py").write_text(TEACHER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return Run(tmp_path, videos, teacher__kind="faulty:Faulty", training__steps=6)
+    return Run(
+        tmp_path,
+        videos,
+        teacher__kind="faulty:Faulty",
+        training__steps=6,
+        validation__clips=0,  # else its teacher's calls count, too
+    )
 
 
 def test_a_bad_step_is_skipped_and_named(run: Run) -> None:

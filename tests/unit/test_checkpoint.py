@@ -32,7 +32,7 @@ from taehv.checkpoint import (
 from taehv.config import Checkpoint, Optim, Parallelism
 from taehv.distributed import started
 from taehv.errors import UserError
-from taehv.optim import Ema, build_optimizer
+from taehv.optim import AdamW, Ema
 
 State = dict[str, dict[str, Tensor]]
 ABOUT = {"variant": "taehv", "step": "3"}
@@ -49,11 +49,13 @@ def state_of(seed: int, inputs: int = 3, **counts: int) -> State:
     """The state of a tiny model after one step; all tensors depend on the seed."""
     torch.manual_seed(seed)
     model = nn.Linear(inputs, 2)
-    optimizer = build_optimizer(model.parameters(), Optim(lr=0.1))
+    optimizer = AdamW(model.parameters(), Optim())
+    optimizer.lr.fill_(0.1)
     ema = Ema(dict(model.named_parameters()), 0.5)
-    model(torch.randn(4, inputs)).square().sum().backward()
-    optimizer.step()
-    ema.update(9)
+    loss = model(torch.randn(4, inputs)).square().sum()
+    loss.backward()
+    optimizer.step(loss.detach())
+    ema.update(torch.tensor(0.5))
     return training_state(model, ema, optimizer, counts or {"step": seed})
 
 

@@ -19,6 +19,7 @@ LAYERS = {
     "variants": GROUND,
     "config": GROUND,
     "distributed": COMPONENT,
+    "step": COMPONENT,
     "checkpoint": COMPONENT,
     "validate": COMPONENT,
     "trainer": TRAINER,

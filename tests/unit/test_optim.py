@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from taehv.config import Optim
-from taehv.optim import Ema, build_optimizer, learning_rate
+from taehv.optim import AdamW, Ema, learning_rate, total_norm
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,8 @@ def test_averaged_weights_follow_a_loop_by_hand() -> None:
         with torch.no_grad():
             for parameter in parameters.values():
                 parameter.add_(step + 1)
-        ema.update(step)
+        assert ema.share(step) == pytest.approx(1 - decay)
+        ema.update(torch.tensor(ema.share(step), dtype=torch.float64))
         now = parameters["0.bias"].tolist()
         average = [
             decay * a + (1 - decay) * w for a, w in zip(average, now, strict=True)
@@ -76,37 +77,79 @@ def test_averaged_weights_follow_a_loop_by_hand() -> None:
     assert not any(weight.requires_grad for weight in ema.weights.values())
 
 
+GOOD = torch.tensor(1.0)
+
+
+def tensors_of(optimizer: AdamW) -> list[torch.Tensor]:
+    """Its state."""
+    return [value for state in optimizer.state.values() for value in state.values()]
+
+
 def test_state_is_there_before_the_first_step_and_stays_in_place() -> None:
     network = small_network()
-    optimizer = build_optimizer(network.parameters(), Optim())
-    tensors = [
-        optimizer.state[parameter][key]
-        for parameter in network.parameters()
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    ]
-    assert all(not tensor.any() for tensor in tensors)
-    addresses = [tensor.data_ptr() for tensor in tensors]
+    optimizer = AdamW(network.parameters(), Optim())
+    before = tensors_of(optimizer)
+    assert len(before) == 3 * len(list(network.parameters()))
+    assert all(not tensor.any() for tensor in before)
+    optimizer.lr.fill_(0.1)
     set_gradients(network, 0)
-    optimizer.step()
-    assert all(tensor.any() for tensor in tensors)
-    state = optimizer.state_dict()["state"]
-    after = [value.data_ptr() for entry in state.values() for value in entry.values()]
-    assert sorted(after) == sorted(addresses)
+    optimizer.step(GOOD)
+    assert all(tensor.any() for tensor in before)
 
 
-def test_three_steps_are_those_of_plain_adamw() -> None:
-    settings = Optim(lr=0.1, betas=[0.8, 0.7], eps=1e-3, weight_decay=0.2)
+@pytest.mark.parametrize("max_grad_norm", [0, 1e-3, 1.0, 1e3])
+def test_three_steps_are_those_of_plain_adamw(max_grad_norm: float) -> None:
+    settings = Optim(
+        betas=[0.8, 0.7], eps=1e-3, weight_decay=0.2, max_grad_norm=max_grad_norm
+    )
     ours, theirs = small_network(), small_network()
-    our_optimizer = build_optimizer(ours.parameters(), settings)
+    our_optimizer = AdamW(ours.parameters(), settings)
     their_optimizer = torch.optim.AdamW(
         theirs.parameters(), 0.1, (0.8, 0.7), 1e-3, 0.2, foreach=False
     )
     for seed in range(3):
         for network in (ours, theirs):
             set_gradients(network, seed)
-        our_optimizer.step()
+        rate = 0.1 / (seed + 1)
+        our_optimizer.lr.fill_(rate)
+        their_optimizer.param_groups[0]["lr"] = rate
+        expected = torch.nn.utils.clip_grad_norm_(
+            theirs.parameters(), max_grad_norm or float("inf")
+        )
+        norm, is_applied = our_optimizer.step(GOOD)
         their_optimizer.step()
+        assert norm.item() == pytest.approx(expected.item()) and is_applied
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+            # clip_grad_norm_ adds 1e-6 to the norm, and our scale is in fp32.
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            assert a.grad is None
     start = next(small_network().parameters())
-    assert (next(ours.parameters()) - start).abs().max() > 0.1
+    assert (next(ours.parameters()) - start).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
+    network = small_network()
+    optimizer = AdamW(network.parameters(), Optim(weight_decay=0.1))
+    optimizer.lr.fill_(0.1)
+    set_gradients(network, 0)
+    optimizer.step(GOOD)
+    everything = [*network.parameters(), *tensors_of(optimizer)]
+    before = [tensor.detach().clone() for tensor in everything]
+    set_gradients(network, 1)
+    loss = GOOD
+    if bad == "gradient":
+        next(network.parameters()).grad[0, 0, 0, 0] = float("nan")
+    else:
+        loss = torch.tensor(float("inf"))
+    _, is_applied = optimizer.step(loss)
+    assert not is_applied
+    assert all(map(torch.equal, before, everything))
+    set_gradients(network, 1)
+    assert optimizer.step(GOOD)[1]
+    assert not any(map(torch.equal, before, everything))
+
+
+def test_total_norm() -> None:
+    tensors = [torch.tensor([3.0]), torch.zeros(0), torch.tensor([[0.0], [4.0]])]
+    assert total_norm(tensors).item() == 5
