@@ -182,6 +182,9 @@ class Parallelism:
 class Compile:
     enable: bool | Literal["auto"] = "auto"
     """Compile encoder and decoder with torch.compile; auto: on GPUs only."""
+    cuda_graph: bool | Literal["auto"] = "auto"
+    """Replay the whole training step as one CUDA graph, so that the GPU never waits for
+    Python; auto: with one GPU and without CPU offload."""
 
 
 @dataclass
@@ -312,6 +315,11 @@ def check_config(config: Config, world_size: int) -> None:
     _check_ranges(config)
     _check_batch(config, world_size)
     _check_mesh(config.parallelism, world_size)
+    if config.compile.cuda_graph is True and config.parallelism.cpu_offload:
+        raise UserError(
+            "compile.cuda_graph = true cannot hold the optimizer that "
+            "parallelism.cpu_offload keeps on the CPU: take one of them"
+        )
 
 
 def _check_variant(config: Config) -> None:

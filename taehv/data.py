@@ -716,5 +716,28 @@ def to_frames(
     return mixed_NTHWC.clamp(0, 1).to(dtype).permute(0, 1, 4, 2, 3)
 
 
+class Upload:
+    """Brings batches to a device while it works at what it was given before.
+
+    Args:
+        device: where to.
+        dtype: of the frames there.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """`to_frames`, copied and converted beside the work under way."""
+        if self._stream is None:
+            return to_frames(batch, self.device, self.dtype)
+        with torch.cuda.stream(self._stream):
+            frames_NTCHW = to_frames(batch, self.device, self.dtype)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        frames_NTCHW.record_stream(torch.cuda.current_stream())
+        return frames_NTCHW
+
+
 def _is_identity(color_N34: Tensor) -> bool:
     return torch.equal(color_N34, torch.eye(3, 4).expand_as(color_N34))

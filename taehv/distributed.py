@@ -171,6 +171,22 @@ def compile_in_place(
     return enabled
 
 
+def uses_cuda_graph(
+    settings: Compile, parallelism: Parallelism, device: torch.device
+) -> bool:
+    """Whether the training step is to be replayed as one CUDA graph.
+
+    Raises:
+        UserError: it is asked for, and there is no CUDA here.
+    """
+    if settings.cuda_graph is True and device.type != "cuda":
+        raise UserError("compile.cuda_graph = true needs a GPU: set it to auto")
+    if settings.cuda_graph != "auto":
+        return settings.cuda_graph
+    alone = dist.get_world_size() == 1
+    return device.type == "cuda" and alone and not parallelism.cpu_offload
+
+
 def set_gradient_sync(roots: list[nn.Module], enabled: bool) -> None:
     """Reduce gradients over the processes in the next backward pass, or keep them."""
     for root in roots:

@@ -28,8 +28,8 @@ from taehv.data import (
     SAMPLER_VERSION,
     Batch,
     ClipLoader,
+    Upload,
     build_file_lists,
-    to_frames,
     toss,
     validation_batches,
 )
@@ -44,6 +44,7 @@ from taehv.distributed import (
     shard,
     started,
     sum_over_ranks,
+    uses_cuda_graph,
 )
 from taehv.errors import UserError
 from taehv.logging import RunLog, clock, log, set_up_console, write_text
@@ -168,6 +169,7 @@ class Trainer:
         torch.backends.cudnn.allow_tf32 = self.dtype != torch.float32
         # Weights, targets and losses keep full precision.
         self.exact = torch.promote_types(self.dtype, torch.float32)
+        self.upload = Upload(world.device, self.exact)
         torch.manual_seed(config.training.seed)
         self.model = initial_model(config.model, resumes)
         self.model.to(world.device, self.exact)
@@ -191,7 +193,7 @@ class Trainer:
             self.optimizer,
             self.ema,
             config.loss,
-            graph=world.device.type == "cuda",
+            uses_cuda_graph(config.compile, config.parallelism, world.device),
         )
 
     def _build_teacher(self) -> None:
@@ -231,6 +233,7 @@ class Trainer:
             f"{config.model.variant}, {size:.1f} M parameters, {self.dtype} on "
             f"{device} x {world.size}, {config.parallelism.mode}"
             + (", compiled" if self.compiled else "")
+            + (", as a CUDA graph" if self.training_step.graph else "")
         )
         log.info(
             f"{len(self.train_files)} training files, {len(self.held_out)} held out; "
@@ -410,7 +413,7 @@ class Trainer:
             self.log.step({"step": done.step, **record}, speed)
 
     def _targets(self, batch: Batch) -> Targets:
-        frames_NTCHW = to_frames(batch, self.world.device, self.exact)
+        frames_NTCHW = self.upload(batch)
         targets = Targets(frames_NTCHW)
         if self.teacher is not None:
             with torch.no_grad():
