@@ -31,8 +31,13 @@ settings+=("$@")
 WORLD_SIZE=$((NNODES * NGPU)) "$PYTHON" -m taehv.config "${settings[@]}"
 
 if [ "$NNODES" -gt 1 ]; then
+    endpoint=${RDZV_ENDPOINT:?set it to host:port of node 0}
+    if [ "${NODE_RANK:-0}" = 0 ] && (: <"/dev/tcp/${endpoint%:*}/${endpoint##*:}") 2>&-; then
+        echo "error: port ${endpoint##*:} is in use: take another in RDZV_ENDPOINT" >&2
+        exit 2
+    fi
     launch=(--node_rank "${NODE_RANK:-0}" --rdzv_backend c10d --rdzv_id taehv
-        --rdzv_endpoint "${RDZV_ENDPOINT:?set it to host:port of node 0}")
+        --rdzv_endpoint "$endpoint")
 else
     launch=(--standalone)
 fi

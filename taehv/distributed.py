@@ -59,7 +59,15 @@ def started(
     chosen = _device(device, local_rank)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend)
+        except dist.DistNetworkError as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"the processes cannot meet at {place} ({reason}): another job may "
+                "use that port, take another (torchrun --standalone finds a free one)"
+            ) from None
     else:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -48,3 +48,34 @@ def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert "the CPU x 2" in outputs[0] and "the CPU x 2" not in outputs[1]
     assert run.losses() == pytest.approx(reference.losses(), rel=1e-5)
+
+
+def test_a_port_in_use_is_told() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        meeting = {"PATH": path, "NNODES": "2", "NGPU": "1"}
+        script = subprocess.run(
+            [str(ROOT / "run_train.sh"), "--data.root=/"],
+            env={**os.environ, **meeting, "RDZV_ENDPOINT": f"127.0.0.1:{port}"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert script.returncode == 2
+        assert script.stderr == (
+            f"error: port {port} is in use: take another in RDZV_ENDPOINT\n"
+        )
+        alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        program = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), "--data.root=/"],
+            env={**os.environ, **alone, "MASTER_PORT": str(port)},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert program.returncode == 2
+        assert f"cannot meet at 127.0.0.1:{port}" in program.stderr
+        assert "Traceback" not in program.stderr
