@@ -11,6 +11,7 @@ import ast
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -73,6 +74,12 @@ class Data:
     (["test/*", "a.mp4"]); empty keeps holdout_fraction."""
     holdout_fraction: float = 0.05
     """Share of the files kept for validation, chosen by a hash of the path."""
+    cache: str = ""
+    """Folder of frames and teacher latents, written by python -m taehv.precompute, to
+    train from in place of the videos; empty decodes videos and runs the teacher."""
+    lead_in: int = 1
+    """Leading latents of a clip from a cache that are not judged, unless the clip
+    begins where its window does: the student lacks the memory of what came before."""
     frames: int = 13
     """Length of a training clip, in frames."""
     height: int = 128
@@ -80,23 +87,45 @@ class Data:
     width: int = 128
     """Width of a training clip, in pixels."""
     stride: list[int] = field(default_factory=lambda: [1, 3])
-    """Smallest and largest step between two frames of a clip, in source frames."""
+    """Smallest and largest step between two frames of a clip, in source frames; in a
+    cache it is applied once, by precompute."""
     crop_scale: list[float] = field(default_factory=lambda: [0.5, 1.0])
     """Smallest and largest side of a random crop, as a share of the largest crop
-    that fits into the frame; it is resized to height x width."""
+    that fits into the frame; it is resized to height x width. In a cache it is
+    applied once, by precompute."""
     flip: float = 0.5
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip; in a cache applied once, by precompute."""
     color_jitter: float = 0.0
     """Strength of the random brightness, contrast, saturation and hue of a clip;
-    0 is off, 0.2 is mild."""
+    0 is off, 0.2 is mild. In a cache it is applied once, by precompute."""
     crops_per_window: int = 1
-    """Random crops taken from one decoded window; more are cheaper but less diverse.
+    """Random crops taken from one decoded window, or from one of the cache; more are
+    cheaper but less diverse.
     Must divide the batch of one process."""
     workers: int = -1
     """Decoding processes of each rank; -1 chooses from the CPU cores, 0 decodes in
     the training process."""
     prefetch: int = 2
     """Batches that each worker prepares ahead."""
+
+
+@dataclass
+class Cache:
+    windows: int = 1000
+    """Windows of the training videos that precompute encodes."""
+    frames: int = 33
+    """Length of a window, in frames; clips of data.frames are cut from it."""
+    height: int = 256
+    """Height of a window, in pixels; clips of data.height are cut from it."""
+    width: int = 256
+    """Width of a window, in pixels; clips of data.width are cut from it."""
+    images: Literal["raw", "jpeg"] = "raw"
+    """raw: frames as they are; jpeg: quality 95, about 15 times smaller and slower to
+    read, applied before the teacher sees the frames."""
+    shard_windows: int = 64
+    """Windows in one file of the cache, the unit that an interrupted run redoes."""
+    batch_size: int = 4
+    """Windows that the teacher encodes at a time."""
 
 
 @dataclass
@@ -218,6 +247,7 @@ class Config:
     model: Model = field(default_factory=Model)
     teacher: Teacher = field(default_factory=Teacher)
     data: Data = field(default_factory=Data)
+    cache: Cache = field(default_factory=Cache)
     training: Training = field(default_factory=Training)
     optim: Optim = field(default_factory=Optim)
     loss: Loss = field(default_factory=Loss)
@@ -230,6 +260,7 @@ class Config:
 
 LIMITS: dict[str, tuple[float, float]] = {
     "data.holdout_fraction": (0, 1),
+    "data.lead_in": (0, math.inf),
     "data.frames": (1, math.inf),
     "data.height": (1, math.inf),
     "data.width": (1, math.inf),
@@ -238,6 +269,12 @@ LIMITS: dict[str, tuple[float, float]] = {
     "data.crops_per_window": (1, math.inf),
     "data.workers": (-1, math.inf),
     "data.prefetch": (1, math.inf),
+    "cache.windows": (1, math.inf),
+    "cache.frames": (1, math.inf),
+    "cache.height": (1, math.inf),
+    "cache.width": (1, math.inf),
+    "cache.shard_windows": (1, math.inf),
+    "cache.batch_size": (1, math.inf),
     "training.steps": (1, math.inf),
     "training.seed": (0, 2**63 - 1),
     "training.global_batch_size": (1, math.inf),
@@ -275,6 +312,15 @@ def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
     Raises:
         UserError: anything a user got wrong, in one line that names the cure.
     """
+    config = read_config(argv)
+    world_size = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    _check_batch(config, world_size)
+    _check_mesh(config.parallelism, world_size)
+    return config
+
+
+def read_config(argv: Sequence[str]) -> Config:
+    """As load_config, without the checks of how processes share a training step."""
     arguments = _parser().parse_args(_expanded(argv))
     config = Config()
     if arguments.config:
@@ -282,7 +328,7 @@ def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
     overrides = {k: v for k, v in vars(arguments).items() if "." in k and v is not None}
     for key, text in overrides.items():
         _set(config, key, _value_of(text, _types(config)[key]), "the command line")
-    check_config(config, world_size or int(os.environ.get("WORLD_SIZE", "1")))
+    check_config(config)
     return config
 
 
@@ -301,7 +347,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def check_config(config: Config, world_size: int) -> None:
+def check_config(config: Config) -> None:
     """Reject settings that cannot work together, before anything starts."""
     for key, (low, high) in LIMITS.items():
         value = _get(config, key)
@@ -311,10 +357,50 @@ def check_config(config: Config, world_size: int) -> None:
     name = Path(config.job.name)
     if not name.parts or name.is_absolute() or ".." in name.parts:
         raise UserError(f"job.name = {config.job.name!r} must be a folder's name")
-    _check_variant(config)
+    name = config.model.variant
+    if name not in VARIANTS:
+        raise UserError(
+            f"model.variant = {name!r} is unknown{_nearest(name, VARIANTS)}"
+        )
+    check_size(config, "data")
     _check_ranges(config)
-    _check_batch(config, world_size)
-    _check_mesh(config.parallelism, world_size)
+    _check_graph(config)
+    if config.data.cache:
+        check_frames(config, "data")
+        _check_lead_in(config)
+
+
+def check_size(config: Config, section: str) -> None:
+    """Reject a height or width of section [data] or [cache] that makes no latents."""
+    name = config.model.variant
+    space = VARIANTS[name].space_factor
+    for key in (f"{section}.height", f"{section}.width"):
+        size = _get(config, key)
+        if size % space:
+            legal = " or ".join(
+                str(s) for s in (size // space * space, -(-size // space) * space) if s
+            )
+            raise UserError(
+                f"{key} = {size} must be a multiple of {space}, the space factor "
+                f"of {name}: take {legal}"
+            )
+
+
+def check_frames(config: Config, section: str) -> None:
+    """Reject a length in [data] or [cache] that latents cannot stand for exactly."""
+    name, frames = config.model.variant, _get(config, f"{section}.frames")
+    variant = VARIANTS[name]
+    if not variant.is_exact(frames):
+        below = filter(variant.is_exact, range(frames, 0, -1))
+        above = filter(variant.is_exact, itertools.count(frames))
+        legal = " or ".join(str(n) for n in (next(below, None), next(above)) if n)
+        raise UserError(
+            f"{section}.frames = {frames} is no length that latents of {name} decode "
+            f"to, which a cache needs: take {legal}"
+        )
+
+
+def _check_graph(config: Config) -> None:
     if config.compile.cuda_graph is True and config.parallelism.cpu_offload:
         raise UserError(
             "compile.cuda_graph = true cannot hold the optimizer that "
@@ -322,23 +408,14 @@ def check_config(config: Config, world_size: int) -> None:
         )
 
 
-def _check_variant(config: Config) -> None:
-    name = config.model.variant
-    if name not in VARIANTS:
+def _check_lead_in(config: Config) -> None:
+    data = config.data
+    latents = VARIANTS[config.model.variant].latents_of(data.frames)
+    if data.lead_in >= latents:
         raise UserError(
-            f"model.variant = {name!r} is unknown{_nearest(name, VARIANTS)}"
+            f"data.lead_in = {data.lead_in} leaves none of the {latents} latents of "
+            f"data.frames = {data.frames} to judge: lower it or take more frames"
         )
-    space = VARIANTS[name].space_factor
-    for key in ("height", "width"):
-        size = getattr(config.data, key)
-        if size % space:
-            legal = " or ".join(
-                str(s) for s in (size // space * space, -(-size // space) * space) if s
-            )
-            raise UserError(
-                f"data.{key} = {size} must be a multiple of {space}, the space factor "
-                f"of {name}: take {legal}"
-            )
 
 
 def _check_ranges(config: Config) -> None:

@@ -7,6 +7,7 @@ sampler is the number of samples consumed and nothing else.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -22,7 +23,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,9 +50,9 @@ POLL_SECONDS = 5
 MAX_WORKERS = 16
 SHARED_MEMORY = "/dev/shm"
 UINT64 = (1 << 64) - 1
-# Purposes of random numbers: what belongs to a window, what to a crop of it, and which
-# latents a clip's frames are decoded from.
-WINDOW, CROP, DECODED = 0, 1, 2
+# Purposes of random numbers: what belongs to a window, what to a crop of it or of a
+# cached window, and which latents a clip's frames are decoded from.
+WINDOW, CROP, CACHED_CROP, DECODED = 0, 1, 2, 3
 
 
 class FileList:
@@ -307,7 +308,8 @@ class Clip:
     """One sample: uint8 RGB frames, and the colour transform still to be applied.
 
     `color_34` is a 3x3 matrix and a bias for RGB in [0, 1]. `failures` are the files
-    that were tried before `source`.
+    that were tried before `source`. A clip from a cache has the teacher's float16
+    latents, of which the first `lead` are not judged.
     """
 
     frames_THWC: np.ndarray
@@ -315,25 +317,46 @@ class Clip:
     number: int
     source: str
     failures: tuple[Failure, ...] = ()
+    latents_TCHW: np.ndarray | None = None
+    lead: int = 0
 
 
 @dataclass
 class Batch:
-    """Clips of one micro-batch, still uint8, with what is needed to trace them."""
+    """Clips of one micro-batch, still uint8, with what is needed to trace them.
+
+    From a cache there are the teacher's latents too (float16), and for validation
+    clips the teacher's own PSNR in dB. `lead_N` (int64) counts the leading latents of
+    each clip that are not judged: 0 unless the clip begins inside a cached window.
+    """
 
     frames_NTHWC: Tensor
     color_N34: Tensor
     numbers: list[int]
     sources: list[str]
     failures: list[Failure]
+    lead_N: Tensor
+    latents_NTCHW: Tensor | None = None
+    teacher_psnr_N: Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader when it pins."""
-        return replace(
-            self,
-            frames_NTHWC=self.frames_NTHWC.pin_memory(),
-            color_N34=self.color_N34.pin_memory(),
-        )
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.pin_memory() for k, v in tensors.items()})
+
+
+class ClipSource(Protocol):
+    """What a ClipLoader reads: clips by number, and what it must know of them."""
+
+    data: Data
+    clip_bytes: int
+    """Size of one clip in the memory that processes share."""
+
+    def __getitems__(self, numbers: list[int]) -> Sequence[Clip | Failure]:
+        """Clips in the order asked for; may raise a UserError."""
+
+    def mapped(self, folder: str) -> ClipSource:
+        """The same, its lists memory mapped from files that it writes to `folder`."""
 
 
 class ClipDataset(Dataset):
@@ -348,6 +371,15 @@ class ClipDataset(Dataset):
         self.files = files
         self.data = data
         self.seed = seed
+
+    @property
+    def clip_bytes(self) -> int:
+        """Size of a clip's frames."""
+        return self.data.frames * self.data.height * self.data.width * 3
+
+    def mapped(self, folder: str) -> ClipDataset:
+        """The same with a memory-mapped file list; see ClipSource."""
+        return ClipDataset(self.data, self.files.save(folder), self.seed)
 
     def __getitem__(self, g: int) -> Clip:
         return self.__getitems__([g])[0]
@@ -462,7 +494,10 @@ class ValidationDataset(Dataset):
 
 
 def collate(samples: list[Clip | Failure]) -> Batch:
-    """Stack clips of one size; failures are listed and may leave an empty batch."""
+    """Stack clips of one size, either all or none of which have latents.
+
+    Failures are listed and may leave an empty batch.
+    """
     clips = [sample for sample in samples if isinstance(sample, Clip)]
     failures = [sample for sample in samples if isinstance(sample, Failure)]
     failures += [failure for clip in clips for failure in clip.failures]
@@ -479,7 +514,26 @@ def collate(samples: list[Clip | Failure]) -> Batch:
         numbers=[clip.number for clip in clips],
         sources=[clip.source for clip in clips],
         failures=failures,
+        lead_N=torch.tensor([clip.lead for clip in clips], dtype=torch.int64),
+        latents_NTCHW=_stacked_latents(clips),
     )
+
+
+def _stacked_latents(clips: list[Clip]) -> Tensor | None:
+    latents = [clip.latents_TCHW for clip in clips if clip.latents_TCHW is not None]
+    return torch.from_numpy(np.stack(latents)) if latents else None
+
+
+class Plan(Protocol):
+    """Which clips each batch has; a batch sampler without state."""
+
+    local_batch_size: int
+    """The most clips in a batch."""
+
+    def __iter__(self) -> Iterator[list[int]]: ...
+
+    def after(self, batches: int) -> Plan:
+        """The same plan, that many batches later."""
 
 
 @dataclass(frozen=True)
@@ -525,43 +579,37 @@ class Steps:
 
 
 class ClipLoader:
-    """Training batches without end, decoded by worker processes.
+    """The batches of a plan, prepared by worker processes; `Steps` never end.
 
     Workers are started by a fork server (forking a process that uses CUDA or threads
-    is unsafe) and map the file list into memory. When one dies or hangs, all are
+    is unsafe) and map the source's lists into memory. When one dies or hangs, all are
     started anew where the reader stands, up to REBUILDS times in a run; that is exact
-    because sampling has no state. Sizes count clips: `global_batch_size` of all
-    processes in a step, `local_batch_size` of one batch of this process. Raises
-    UserError when sizes do not divide, when shared memory is too small, and in
+    because sampling has no state. `collate` makes a batch of what the source gives.
+    Raises UserError when sizes do not divide, when shared memory is too small, and in
     reading when no usable file is found.
     """
 
     def __init__(
         self,
-        data: Data,
-        files: FileList,
-        *,
-        seed: int,
-        consumed: int = 0,
-        global_batch_size: int,
-        local_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        source: ClipSource,
+        plan: Plan,
         pin_memory: bool = False,
+        collate: Callable[[list[Any]], Batch] = collate,
     ) -> None:
+        data = source.data
         self.workers = worker_count(data.workers)
-        if local_batch_size % data.crops_per_window:
+        if plan.local_batch_size % data.crops_per_window:
             raise UserError(
                 f"data.crops_per_window = {data.crops_per_window} must divide the "
-                f"local batch of {local_batch_size} clips"
+                f"local batch of {plan.local_batch_size} clips"
             )
-        check_shared_memory(data, local_batch_size, self.workers)
-        sizes = (global_batch_size, local_batch_size)
-        self.steps = Steps(consumed, *sizes, rank, world_size)
+        batch_bytes = plan.local_batch_size * source.clip_bytes
+        check_shared_memory(batch_bytes, data.prefetch, self.workers)
+        self.plan = plan
         self.pin_memory = pin_memory
+        self._collate = functools.partial(_collate_or_error, collate)
         self._folder = tempfile.TemporaryDirectory(prefix="taehv-")
-        mapped = files.save(self._folder.name)
-        self._dataset = ClipDataset(data, mapped, seed)
+        self._source = source.mapped(self._folder.name)
         self._rebuilds = 0
         self._batches: Iterator[Batch | UserError] | None = None
 
@@ -572,11 +620,11 @@ class ClipLoader:
         batch = self._next_or_rebuild()
         if isinstance(batch, UserError):
             raise batch
-        self.steps = self.steps.after(1)
+        self.plan = self.plan.after(1)
         return batch
 
     def close(self) -> None:
-        """End the workers and remove the mapped file list."""
+        """End the workers and remove the mapped lists."""
         self._batches = None
         self._folder.cleanup()
 
@@ -599,28 +647,30 @@ class ClipLoader:
 
     def _build(self) -> DataLoader:
         return DataLoader(
-            _Fetched(self._dataset),
-            batch_sampler=self.steps,
-            collate_fn=_collate_or_error,
+            _Fetched(self._source),
+            batch_sampler=self.plan,
+            collate_fn=self._collate,
             pin_memory=self.pin_memory,
-            **worker_options(self.workers, self._dataset.data.prefetch, POLL_SECONDS),
+            **worker_options(self.workers, self._source.data.prefetch, POLL_SECONDS),
         )
 
 
 class _Fetched(Dataset):
     """Hands a UserError on as a value: raised in a worker it would lose its line."""
 
-    def __init__(self, dataset: ClipDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, source: ClipSource) -> None:
+        self.source = source
 
-    def __getitems__(self, numbers: list[int]) -> list[Clip] | UserError:
+    def __getitems__(self, numbers: list[int]) -> Sequence[Clip | Failure] | UserError:
         try:
-            return self.dataset.__getitems__(numbers)
+            return self.source.__getitems__(numbers)
         except UserError as error:
             return error
 
 
-def _collate_or_error(samples: list[Clip] | UserError) -> Batch | UserError:
+def _collate_or_error(
+    collate: Callable[[list[Any]], Batch], samples: list[Any] | UserError
+) -> Batch | UserError:
     return samples if isinstance(samples, UserError) else collate(samples)
 
 
@@ -676,12 +726,11 @@ def _local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def check_shared_memory(data: Data, micro_batch: int, workers: int) -> None:
+def check_shared_memory(batch_bytes: int, prefetch: int, workers: int) -> None:
     """Raise UserError if the batches in flight on this host would not fit."""
     if workers == 0 or not os.path.isdir(SHARED_MEMORY):
         return
-    batch = micro_batch * data.frames * data.height * data.width * 3
-    needed = _local_world() * workers * (data.prefetch + 1) * batch
+    needed = _local_world() * workers * (prefetch + 1) * batch_bytes
     status = os.statvfs(SHARED_MEMORY)
     free = status.f_bavail * status.f_frsize
     if needed > free:

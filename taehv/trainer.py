@@ -27,7 +27,9 @@ from taehv.config import Config, Model, dumps
 from taehv.data import (
     SAMPLER_VERSION,
     Batch,
+    ClipDataset,
     ClipLoader,
+    Steps,
     Upload,
     build_file_lists,
     toss,
@@ -348,17 +350,16 @@ class Trainer:
         return share // self._local_batch_size()
 
     def _loader(self) -> ClipLoader:
-        return ClipLoader(
-            self.config.data,
-            self.train_files,
-            seed=self.config.training.seed,
-            consumed=self.counts.samples,
-            global_batch_size=self.config.training.global_batch_size,
-            local_batch_size=self._local_batch_size(),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            pin_memory=self.world.device.type == "cuda",
+        training = self.config.training
+        clips = ClipDataset(self.config.data, self.train_files, training.seed)
+        steps = Steps(
+            self.counts.samples,
+            training.global_batch_size,
+            self._local_batch_size(),
+            self.world.rank,
+            self.world.size,
         )
+        return ClipLoader(clips, steps, self.world.device.type == "cuda")
 
     def _step(self, loader: Iterator[Batch]) -> None:
         begin = time.monotonic()

@@ -118,6 +118,41 @@ class Variant:
         """
         return min(self.frames_of(self.latents_of(frames)), frames)
 
+    def lead_frames(self, latents: int, lead: int) -> int:
+        """How many of the frames of `latents` latents come from the first `lead`.
+
+        Decoding returns these frames first, so that the rest begins at this place.
+        """
+        raw = lead * self.time_factor
+        runs = self.kept_frames(latents)
+        return sum(min(run.stop, raw) - run.start for run in runs if run.start < raw)
+
+    def first_frame(self, latent: int) -> int:
+        """Number of the frame at which a crop that begins at `latent` begins."""
+        if self.trim == "chunks":
+            return latent // CHUNK_LATENTS * CHUNK_FRAMES
+        return latent * self.time_factor
+
+    def crop_starts(self, latents: int, frames: int) -> range:
+        """Where in a window of `latents` latents a crop of `frames` frames may begin.
+
+        A crop that begins at latent a has the latents from a on, as many as
+        `latents_of(frames)`, and the frames from `first_frame(a)` on: decoding those
+        latents gives those frames. Empty where there is no such crop: it would be
+        longer than the window, decode to another count of frames, or, for "parity",
+        decode by the rule of the other parity. Crops of "chunks" begin with a chunk.
+        """
+        cropped = self.latents_of(frames)
+        by_other_rule = self.trim == "parity" and (latents - cropped) % 2 == 1
+        if by_other_rule or not self.is_exact(frames):
+            return range(0)
+        step = CHUNK_LATENTS if self.trim == "chunks" else 1
+        return range(0, latents - cropped + 1, step)
+
+    def is_exact(self, frames: int) -> bool:
+        """Whether as many frames come out of the decoder as went into the encoder."""
+        return self.frames_of(self.latents_of(frames)) == frames
+
 
 _LTX = {"patch_size": 4, "time_stages": (True, True, True)}
 

@@ -261,8 +261,8 @@ def test_steps_cover_the_global_batch_for_any_world():
 
 def loader_for(data: Data, **changes: object) -> ClipLoader:
     files = FileList.from_config(data)
-    sizes = {"seed": 5, "global_batch_size": 8, "local_batch_size": 8}
-    return ClipLoader(data, files, **(sizes | changes))
+    sizes = {"consumed": 0, "global_batch_size": 8, "local_batch_size": 8}
+    return ClipLoader(ClipDataset(data, files, seed=5), Steps(**(sizes | changes)))
 
 
 def read_batches(loader: ClipLoader, count: int) -> list[Batch]:
@@ -425,13 +425,17 @@ def test_loader_leaves_the_random_numbers_of_training_alone(videos: Path):
 def test_small_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch):
     small = SimpleNamespace(f_bavail=16, f_frsize=1 << 20)
     monkeypatch.setattr(taehv.data.os, "statvfs", lambda path: small)
-    data = Data(frames=8, height=128, width=128, prefetch=2)
-    check_shared_memory(data, 4, workers=3)
+    batch = 4 * 8 * 128 * 128 * 3
+    check_shared_memory(batch, prefetch=2, workers=3)
     with pytest.raises(UserError, match="16 MiB free .*--shm-size"):
-        check_shared_memory(data, 4, workers=4)
+        check_shared_memory(batch, prefetch=2, workers=4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="data.workers"):
-        check_shared_memory(data, 4, workers=3)
+        check_shared_memory(batch, prefetch=2, workers=3)
+    data = Data(frames=8, height=128, width=128, workers=4)
+    files = FileList.from_paths("/", ["a.mp4"])
+    with pytest.raises(UserError, match="data.workers"):
+        ClipLoader(ClipDataset(data, files, 0), Steps(0, 8, 4, 0, 2))
 
 
 def test_worker_count_shares_the_cores(monkeypatch: pytest.MonkeyPatch):
