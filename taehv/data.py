@@ -71,7 +71,12 @@ class FileList:
     @classmethod
     def from_paths(cls, base: str, paths: Iterable[str]) -> FileList:
         """Sorted and without repetition: the order of a list plays no part."""
-        names = sorted({os.fsencode(path) for path in paths})
+        return cls.in_order(base, sorted(set(paths), key=os.fsencode))
+
+    @classmethod
+    def in_order(cls, base: str, paths: Iterable[str]) -> FileList:
+        """As they are given."""
+        names = [os.fsencode(path) for path in paths]
         blob = np.frombuffer(b"".join(names), dtype=np.uint8)
         ends = np.cumsum([0, *map(len, names)], dtype=np.int64)
         return cls(base, blob, ends)
@@ -91,7 +96,7 @@ class FileList:
             raise UserError(f"data.root = {root} is no folder: correct the path")
         base = root or os.path.dirname(annotations)
         paths = _listed(annotations) if annotations else _walk(root)
-        files = cls.from_paths(base, (_relative(path, base) for path in paths))
+        files = cls.from_paths(base, (relative_path(path, base) for path in paths))
         if not len(files):
             place = annotations or f"data.root = {root}"
             raise UserError(f"{place} holds no videos: add some or correct the path")
@@ -150,7 +155,7 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path)) if path else ""
 
 
-def _relative(path: str, base: str) -> str:
+def relative_path(path: str, base: str) -> str:
     """Relative to base where it lies below it, so that machines agree."""
     full = os.path.normpath(os.path.join(base, os.path.expanduser(path)))
     inside = full.startswith(os.path.join(base, ""))

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Literal
 
@@ -44,11 +45,14 @@ class World:
 
 @contextmanager
 def started(
-    parallelism: Parallelism, device: Literal["auto", "cuda", "cpu"]
+    parallelism: Parallelism,
+    device: Literal["auto", "cuda", "cpu"],
+    patience: timedelta | None = None,
 ) -> Iterator[World]:
     """Open the process group for the time of the context.
 
-    Works under torchrun and, as a single process, without it.
+    Works under torchrun and, as a single process, without it. `patience` is how long a
+    process waits for the others, by default as long as PyTorch has it.
 
     Raises:
         UserError: CUDA is asked for and absent, or there are more processes than GPUs.
@@ -60,7 +64,7 @@ def started(
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         try:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=patience)
         except dist.DistNetworkError as error:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = str(error).splitlines()[0]

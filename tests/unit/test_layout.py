@@ -24,6 +24,7 @@ LAYERS = {
     "validate": COMPONENT,
     "trainer": TRAINER,
     "convert": COMMAND,
+    "precompute": COMMAND,
 }
 """Everything else is a leaf."""
 
