@@ -249,9 +249,7 @@ def from_jpeg(jpeg: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(jpeg), formats=["JPEG"]).convert("RGB"))
 
 
-def _write_json(
-    path: Path, content: dict[str, Any], indent: int | None = None
-) -> None:
+def _write_json(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
     """Write a file so that a crash leaves the old one or the new one."""
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_text(json.dumps(content, indent=indent, sort_keys=True) + "\n")

@@ -196,18 +196,27 @@ def collate_stored(clips: list[StoredClip]) -> StoredBatch:
 class Background:
     """Calls in a thread of their own, one after the other; few may wait.
 
-    What a call raises is raised by a later `run` or by `finish`.
+    What a call raises is raised by a later `run` or by `finish`, and no call is made
+    after it: a shard that lacks a window must not be finished.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
-        self._calls: deque[Future[Any]] = deque()
+        self._calls: deque[Future[None]] = deque()
+        self._failed = False
 
     def run(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Queue a call, and wait while too many are queued."""
-        self._calls.append(self._pool.submit(call, *arguments))
+        self._calls.append(self._pool.submit(self._call, call, *arguments))
         while len(self._calls) > WAITING_BATCHES:
             self._calls.popleft().result()
+
+    def _call(self, call: Callable[..., Any], *arguments: Any) -> None:
+        if self._failed:
+            return
+        self._failed = True  # stays so if the call raises
+        call(*arguments)
+        self._failed = False
 
     def finish(self) -> None:
         """Wait for all calls."""
@@ -243,9 +252,10 @@ class Precompute:
         check_agreement({"list of videos": self._files_hash()})
         self.teacher = self._load_teacher()
         clips = config.validation.clips if len(self.held_out) else 0
-        size = config.cache.shard_windows
-        self.shards = plan_shards("train", config.cache.windows, size)
-        self.shards += plan_shards("validation", clips, size)
+        self.counts: dict[Part, int] = {
+            "train": config.cache.windows,
+            "validation": clips,
+        }
         self.writing = Background()
         self.states: dict[str, list[int]] = {}
         self.bad_files: set[str] = set()
@@ -264,7 +274,9 @@ class Precompute:
     def run(self) -> None:
         """Write this process's share of the shards that are missing."""
         self._claim_folder()
-        missing = [shard for shard in self.shards if not self._is_complete(shard)]
+        # Before so many shards are listed as no disk could hold.
+        self._check_room(self.counts, shutil.disk_usage(self.folder).total)
+        missing = [shard for shard in self._shards() if not self._is_complete(shard)]
         self._announce(missing)
         dist.barrier()  # nobody writes before everybody has seen what is missing
         own = missing[self.world.rank :: self.world.size]
@@ -274,6 +286,11 @@ class Precompute:
         finally:
             self.writing.close()
         self._hand_over()
+
+    def _shards(self) -> list[Shard]:
+        size = self.config.cache.shard_windows
+        lists = [plan_shards(part, n, size) for part, n in self.counts.items()]
+        return list(itertools.chain.from_iterable(lists))
 
     # --- the folder ----------------------------------------------------------------
 
@@ -301,11 +318,11 @@ class Precompute:
 
     def _about(self) -> dict[str, Any]:
         config = self.config
-        parts = [shard.part for shard in self.shards]
+        size = config.cache.shard_windows
         return describe(
             self.variant,
             {"kind": config.teacher.kind, "fingerprint": self.teacher.fingerprint},
-            {"train": parts.count("train"), "validation": parts.count("validation")},
+            {part: -(-count // size) for part, count in self.counts.items()},
             {
                 "training videos": self.files.fingerprint[:16],
                 "held-out videos": self.held_out.fingerprint[:16],
@@ -342,21 +359,28 @@ class Precompute:
             UserError: the disk has no room for it.
         """
         cache = self.config.cache
-        windows = sum(len(shard.windows) for shard in missing)
-        needed = sum(len(s.windows) * self._window_bytes(s.part) for s in missing)
+        windows: dict[Part, int] = {"train": 0, "validation": 0}
+        for shard in missing:
+            windows[shard.part] += len(shard.windows)
         log.info(
-            f"{cache.windows} windows of {cache.frames} x {cache.height} x "
-            f"{cache.width} and {self.config.validation.clips} validation clips in "
-            f"{len(self.shards)} shards; {windows} to encode, about "
-            f"{needed / 2**30:.1f} GiB in {self.folder}"
+            f"{self.counts['train']} windows of {cache.frames} x {cache.height} x "
+            f"{cache.width} and {self.counts['validation']} validation clips; to "
+            f"encode: {windows['train']} and {windows['validation']}, about "
+            f"{self._bytes(windows) / 2**30:.2f} GiB in {self.folder}"
         )
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        self._check_room(windows, shutil.disk_usage(self.folder).free)
+
+    def _check_room(self, windows: dict[Part, int], room: int) -> None:
+        needed = self._bytes(windows)
+        if needed > room:
             raise UserError(
-                f"{self.folder} has {free / 2**30:.1f} GiB free and the cache needs "
-                f"about {needed / 2**30:.1f} more: lower cache.windows, set "
+                f"the cache needs about {needed / 2**30:.1f} GiB more and the disk of "
+                f"{self.folder} has {room / 2**30:.1f}: lower cache.windows, set "
                 "cache.images to jpeg, or name a folder on a larger disk"
             )
+
+    def _bytes(self, windows: dict[Part, int]) -> int:
+        return sum(count * self._window_bytes(part) for part, count in windows.items())
 
     def _window_bytes(self, part: Part) -> int:
         data = self._data(part)
@@ -495,9 +519,10 @@ class Precompute:
         states = {key: state for part in gathered for key, state in part.items()}
         note_verified(self.folder, states)
         if stopped:
-            done = sum(map(self._is_complete, self.shards))
+            shards = self._shards()
+            done = sum(map(self._is_complete, shards))
             log.info(
-                f"stopped with {done} of {len(self.shards)} shards written; the same "
+                f"stopped with {done} of {len(shards)} shards written; the same "
                 "command goes on"
             )
         else:
