@@ -120,7 +120,7 @@ class Cache:
     width: int = 256
     """Width of a window, in pixels; clips of data.width are cut from it."""
     images: Literal["raw", "jpeg"] = "raw"
-    """raw: frames as they are; jpeg: quality 95, about 15 times smaller and slower to
+    """raw: frames as they are; jpeg: quality 95, 5 to 14 times smaller and slower to
     read, applied before the teacher sees the frames."""
     shard_windows: int = 64
     """Windows in one file of the cache, the unit that an interrupted run redoes."""

@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from taehv.config import load_config
+from taehv.config import load_config, read_config
+from taehv.precompute import check_precompute
 
 ROOT = Path(__file__).parent.parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+PAGES = [*READMES, ROOT / "docs/cache.md"]
 
 
 def commands() -> list[str]:
-    """Every command that trains, from both READMEs, with continued lines joined."""
+    """Every command that takes settings, with continued lines joined."""
     lines: list[str] = []
-    for readme in READMES:
-        blocks = re.findall(r"```sh\n(.*?)```", readme.read_text(), re.DOTALL)
+    for page in PAGES:
+        blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
         lines += "\n".join(blocks).replace("\\\n", " ").splitlines()
-    trains = re.compile(r"(torchrun .*train\.py|run_train\.sh)")
+    trains = re.compile(r"(torchrun .*train\.py|run_train\.sh|taehv\.precompute)")
     return sorted({line for line in lines if trains.search(line)})
 
 
@@ -35,6 +37,10 @@ def test_commands_of_the_readme_are_accepted(
     monkeypatch.chdir(ROOT)
     words = shlex.split(command.removeprefix("srun bash -c ").strip("'"), comments=True)
     settings = dict(word.split("=") for word in words if re.match(r"[A-Z_]+=", word))
+    if "taehv.precompute" in words:
+        argv = words[words.index("taehv.precompute") + 1 :]
+        check_precompute(read_config(argv))
+        return
     start = next(i for i, w in enumerate(words) if w.endswith((".sh", ".py")))
     argv = words[start + 1 :]
     if words[start].endswith(".sh"):
