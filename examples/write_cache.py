@@ -1,6 +1,6 @@
 """Write a latent cache of a teacher that this package does not know.
 
-python examples/write_cache.py VIDEOS CACHE
+python -m examples.write_cache VIDEOS CACHE
 python train.py --config train_configs/autoencoder.toml --data.cache CACHE
 
 Put the teacher into `encode`: another framework, a service, a file of latents made

@@ -68,7 +68,8 @@ from taehv.variants import VARIANTS
 # A process that has finished waits for the others, which may have hours to go;
 # torchrun ends it should one of them fail.
 PATIENCE = timedelta(days=30)
-WAITING_BATCHES = 2
+# Enough to encode on while a shard of many megabytes is flushed to the disk.
+WAITING_BATCHES = 8
 PROGRESS_SECONDS = 10
 JPEG_BYTES_A_PIXEL = 0.4
 """To estimate the size of a cache; six videos took 0.2 to 0.6, at 42 to 50 dB."""
