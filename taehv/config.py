@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn, Union
 import tomli
 
 from taehv.errors import UserError, run_command
-from taehv.variants import VARIANTS
+from taehv.variants import FRAME_RULES, VARIANTS, CountRule
 
 
 @dataclass
@@ -56,10 +56,22 @@ class Model:
 @dataclass
 class Teacher:
     kind: str = ""
-    """Reference VAE that defines the latent space, as "package.module:Class", whose
-    code is run; empty trains a plain autoencoder with a latent space of its own."""
+    """Reference VAE that defines the latent space: cogvideox, hunyuanvideo,
+    hunyuanvideo1_5, wan, ltx2, minimax_h3, or "package.module:Class", whose code is
+    run; empty trains a plain autoencoder with a latent space of its own."""
     path: str = ""
-    """What the teacher is loaded from: a folder or a hub id, handed to its class."""
+    """What the teacher is loaded from: the folder of a VAE or of a pipeline, or a hub
+    id; handed as it is to a class of your own."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Number format of a built-in teacher. auto: bf16 on GPUs, else fp32; minimax_h3
+    is always fp32, as its encoder has to be."""
+    latents: Literal["sample", "mode"] = "sample"
+    """What a built-in teacher gives of the distribution that it codes a clip into: a
+    random draw, which published weights learned from, or the mean."""
+    tiling: bool | Literal["auto"] = "auto"
+    """Whether a built-in teacher codes large frames in tiles and clips one by one,
+    which saves memory and changes the latents slightly; auto: as its class does, which
+    is for minimax_h3 only (tiles of 256 pixels)."""
 
 
 @dataclass
@@ -363,6 +375,7 @@ def check_config(config: Config) -> None:
             f"model.variant = {name!r} is unknown{_nearest(name, VARIANTS)}"
         )
     check_size(config, "data")
+    _check_teacher(config)
     _check_ranges(config)
     _check_graph(config)
     if config.data.cache:
@@ -377,12 +390,9 @@ def check_size(config: Config, section: str) -> None:
     for key in (f"{section}.height", f"{section}.width"):
         size = _get(config, key)
         if size % space:
-            legal = " or ".join(
-                str(s) for s in (size // space * space, -(-size // space) * space) if s
-            )
             raise UserError(
                 f"{key} = {size} must be a multiple of {space}, the space factor "
-                f"of {name}: take {legal}"
+                f"of {name}: take {CountRule(space).nearest(size)}"
             )
 
 
@@ -415,6 +425,38 @@ def _check_lead_in(config: Config) -> None:
         raise UserError(
             f"data.lead_in = {data.lead_in} leaves none of the {latents} latents of "
             f"data.frames = {data.frames} to judge: lower it or take more frames"
+        )
+
+
+def _check_teacher(config: Config) -> None:
+    kind, path = config.teacher.kind, config.teacher.path
+    if kind in FRAME_RULES:
+        _check_built_in_teacher(config)
+    elif not kind and path:
+        raise UserError(f"teacher.path = {path} without teacher.kind: name the kind")
+    elif kind and not all(kind.partition(":")):
+        near = _nearest(kind, FRAME_RULES)
+        raise UserError(f'teacher.kind = "{kind}" is no "package.module:Class"{near}')
+
+
+def _check_built_in_teacher(config: Config) -> None:
+    kind, name, frames = config.teacher.kind, config.model.variant, config.data.frames
+    if VARIANTS[name].teacher != kind:
+        pupils = [pupil for pupil, v in VARIANTS.items() if v.teacher == kind]
+        own = VARIANTS[name].teacher or "a class of your own, since none is built in"
+        raise UserError(
+            f"model.variant = {name} cannot learn from teacher.kind = {kind}: take "
+            f"{' or '.join(pupils)}, or as teacher.kind {own}"
+        )
+    if not config.teacher.path:
+        raise UserError(f"teacher.kind = {kind} needs teacher.path: a folder or hub id")
+    if kind == "minimax_h3" and config.teacher.dtype == "bf16":
+        raise UserError("teacher.dtype = bf16 is not for minimax_h3: take fp32")
+    rule = FRAME_RULES[kind]
+    if not rule.allows(frames):
+        raise UserError(
+            f"data.frames = {frames} must be {rule} for teacher.kind = {kind}: take "
+            f"{rule.nearest(frames)}"
         )
 
 

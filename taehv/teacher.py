@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from taehv.config import Teacher as TeacherSettings
 from taehv.errors import UserError
+from taehv.variants import FRAME_RULES, VARIANTS, CountRule
 
 
 class Teacher(Protocol):
@@ -38,38 +45,362 @@ class Teacher(Protocol):
         """Normalised latents to frames_NTCHW, RGB in [0, 1], to compare with."""
 
 
-def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher | None:
+Normalization = tuple[Tensor, Tensor]
+"""Mean and standard deviation by channel: what is learned is (z - mean) / std."""
+
+
+def _raw(vae: nn.Module) -> Normalization:
+    # CogVideoX's pipelines scale latents by a factor that differs between models that
+    # share one VAE; TAECVX learns what the VAE itself gives.
+    return torch.zeros(1), torch.ones(1)
+
+
+def _scaled(vae: nn.Module) -> Normalization:
+    return torch.zeros(1), 1 / torch.tensor([vae.config.scaling_factor])
+
+
+def _standardised(vae: nn.Module) -> Normalization:
+    return torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+
+
+def _standardised_by_buffers(vae: nn.Module) -> Normalization:
+    return vae.latents_mean.clone(), vae.latents_std / vae.config.scaling_factor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of diffusers' reference VAEs and what its numbers mean."""
+
+    class_name: str
+    normalization: Callable[[nn.Module], Normalization]
+    """Reads from a loaded VAE how its pipelines normalise latents."""
+    needed: tuple[str, ...] = ()
+    """What config.json must hold, since the class's defaults are another model's."""
+    channels: str = "latent_channels"
+    """Name of the count of latent channels in config.json."""
+    least_latents: int = 1
+    """Smallest height and width in latents: paddings by reflection need two."""
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """The VAE's pixels are (RGB in [0, 1] - mean) / std."""
+    is_float32: bool = False
+    """Whether diffusers keeps the encoder in float32."""
+
+
+_MOMENTS = ("latents_mean", "latents_std")
+
+KINDS: dict[str, Kind] = {
+    "cogvideox": Kind("AutoencoderKLCogVideoX", _raw),
+    "hunyuanvideo": Kind("AutoencoderKLHunyuanVideo", _scaled),
+    "hunyuanvideo1_5": Kind("AutoencoderKLHunyuanVideo15", _scaled),
+    "wan": Kind("AutoencoderKLWan", _standardised, _MOMENTS, channels="z_dim"),
+    "ltx2": Kind("AutoencoderKLLTX2Video", _standardised_by_buffers, least_latents=2),
+    "minimax_h3": Kind(
+        "AutoencoderKLMiniMaxH3",
+        _standardised,
+        _MOMENTS,
+        least_latents=2,
+        pixel_mean=(0.485, 0.456, 0.406),
+        pixel_std=(0.229, 0.224, 0.225),
+        is_float32=True,
+    ),
+}
+"""The built-in kinds, by the names that teacher.kind has for them."""
+
+
+class DiffusersTeacher:
+    """A reference VAE of diffusers: frozen, and whole on this process's device.
+
+    Source: github.com/huggingface/diffusers, `models/autoencoders`, and for the
+    normalisation of latents the pipelines of the same families.
+    """
+
+    def __init__(
+        self, settings: TeacherSettings, device: torch.device, compile: bool = False
+    ) -> None:
+        """Load a built-in kind, and compile its encoder where asked to.
+
+        Raises:
+            UserError: it cannot be loaded whole, or is of another kind.
+        """
+        self.kind = settings.kind
+        kind = KINDS[settings.kind]
+        vae = _load_vae(settings.kind, settings.path).requires_grad_(False).eval()
+        self.latent_channels: int = vae.config[kind.channels]
+        self.space_factor = _space_factor(settings.kind, self.latent_channels)
+        mean_C, std_C = kind.normalization(vae)
+        _adapt(vae, settings.kind, settings.tiling)
+        is_bf16 = settings.dtype == "bf16" or (
+            settings.dtype == "auto" and device.type == "cuda" and not kind.is_float32
+        )
+        self.dtype = torch.bfloat16 if is_bf16 else torch.float32
+        nn.Module.to(vae, self.dtype)  # diffusers' own warns of its float32 parts
+        self.fingerprint = _fingerprint(
+            vae,
+            [kind.class_name, kind.pixel_mean, kind.pixel_std, settings.latents],
+            [mean_C.tolist(), std_C.tolist(), vae.use_tiling],
+        )
+        self.vae = _on_device(vae, device)
+        if compile:
+            # Not the decoder: validation alone runs it, which would not repay this. Nor
+            # the whole of encode: its loops over time would be unrolled.
+            vae.encoder.compile(dynamic=False)
+        self.samples = settings.latents == "sample"
+        self.mean_C111 = mean_C.to(device).reshape(-1, 1, 1, 1)
+        self.std_C111 = std_C.to(device).reshape(-1, 1, 1, 1)
+        self.pixel_mean_C11 = torch.tensor(kind.pixel_mean, device=device)[
+            :, None, None
+        ]
+        self.pixel_std_C11 = torch.tensor(kind.pixel_std, device=device)[:, None, None]
+
+    def check(self, frames: int, height: int, width: int) -> None:
+        """Raise a ValueError that names the nearest legal clip, if this is none."""
+        least = self.space_factor * KINDS[self.kind].least_latents
+        size = CountRule(self.space_factor, least=least)
+        rules = {"frames": FRAME_RULES[self.kind], "height": size, "width": size}
+        for (name, rule), count in zip(
+            rules.items(), (frames, height, width), strict=True
+        ):
+            if not rule.allows(count):
+                raise ValueError(
+                    f"{name} of {count} must be {rule}: take {rule.nearest(count)}"
+                )
+
+    @torch.no_grad()
+    def encode(self, frames_NTCHW: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Frames, RGB in [0, 1], to normalised latents_NTCHW in float32.
+
+        The noise of a clip's draw is made on the CPU, and so is the same everywhere.
+        """
+        pixels_NTCHW = frames_NTCHW.float().sub(self.pixel_mean_C11)
+        pixels_NTCHW = pixels_NTCHW.div_(self.pixel_std_C11).to(self.dtype)
+        coded = self.vae.encode(pixels_NTCHW.transpose(1, 2)).latent_dist
+        latents_NCTHW = coded.mean.float()
+        if self.samples:
+            shape = latents_NCTHW.shape[1:]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            noise = [torch.randn(shape, generator=each) for each in generators]
+            noise_NCTHW = torch.stack(noise).to(latents_NCTHW.device)
+            latents_NCTHW = (
+                latents_NCTHW + (coded.logvar.float() / 2).exp() * noise_NCTHW
+            )
+        return ((latents_NCTHW - self.mean_C111) / self.std_C111).transpose(1, 2)
+
+    @torch.no_grad()
+    def decode(self, latents_NTCHW: Tensor) -> Tensor:
+        """Normalised latents to frames_NTCHW in float32, RGB in [0, 1]."""
+        latents_NCTHW = latents_NTCHW.float().transpose(1, 2)
+        raw_NCTHW = latents_NCTHW * self.std_C111 + self.mean_C111
+        pixels_NCTHW = self.vae.decode(raw_NCTHW.to(self.dtype)).sample
+        pixels_NTCHW = pixels_NCTHW.transpose(1, 2).float()
+        return (pixels_NTCHW * self.pixel_std_C11 + self.pixel_mean_C11).clamp(0, 1)
+
+
+def _adapt(vae: nn.Module, kind: str, tiling: bool | str) -> None:
+    if tiling is True:
+        vae.enable_tiling()
+        vae.enable_slicing()
+    elif tiling is False:
+        vae.disable_tiling()
+    if kind == "hunyuanvideo1_5":
+        vae.enable_slicing()  # the attention mask of diffusers 0.42 fits one clip alone
+        for module in vae.modules():
+            if hasattr(module, "prepare_causal_attention_mask"):
+                mask = _remembered(module.prepare_causal_attention_mask)
+                module.prepare_causal_attention_mask = mask
+            if hasattr(module, "add_temporal_downsample"):
+                # A numpy.bool_, which torch.compile takes for data.
+                module.add_temporal_downsample = bool(module.add_temporal_downsample)
+
+
+def _remembered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of numbers that is run once, and a constant of compiled graphs.
+
+    HunyuanVideo 1.5 fills its attention mask row by row: thousands of launches a clip.
+    """
+    cached = functools.lru_cache(4)(function)
+
+    @torch.compiler.assume_constant_result
+    def remembered(*args: object, **options: object) -> Tensor:
+        return cached(*args, **options)
+
+    return remembered
+
+
+def _on_device(vae: nn.Module, device: torch.device) -> nn.Module:
+    vae.to(device)
+    for name, parameter in vae.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"teacher.path: {name} has values that are not finite: the weights are "
+                "damaged, download them again"
+            )
+        if parameter.dim() == 5:  # convolutions over time and space
+            parameter.data = parameter.data.contiguous(
+                memory_format=torch.channels_last_3d
+            )
+    return vae
+
+
+def _space_factor(kind: str, latent_channels: int) -> int:
+    # Not from the VAE: what LTX-2's class says of itself is twice what it does unless
+    # its config says better.
+    for variant in VARIANTS.values():
+        if (variant.teacher, variant.latent_channels) == (kind, latent_channels):
+            return variant.space_factor
+    raise UserError(
+        f"teacher.path: a {kind} of {latent_channels} latent channels, which no "
+        "model.variant learns: take one of the README's repositories"
+    )
+
+
+def _fingerprint(vae: nn.Module, *about: object) -> str:
+    config = sorted((k, v) for k, v in vae.config.items() if not k.startswith("_"))
+    digest = hashlib.sha256(repr((about, config)).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+# --- files -------------------------------------------------------------------------
+
+
+def _load_vae(kind: str, path: str) -> nn.Module:
+    """The VAE of a folder or hub id, in float32 on the CPU, from safetensors alone."""
+    vae_class = _vae_class(kind)
+    place, subfolder = _place(vae_class, path)
+    try:
+        config = vae_class.load_config(place, subfolder=subfolder)
+        _check_config(kind, path, config)
+        vae, report = vae_class.from_pretrained(
+            place,
+            subfolder=subfolder,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(_cannot_load(path, error)) from None
+    if report["missing_keys"]:
+        missing = min(report["missing_keys"])
+        raise UserError(
+            f"teacher.path = {path} lacks weights, the first being {missing}: download "
+            "it again"
+        )
+    return vae
+
+
+def _vae_class(kind: str) -> type:
+    import diffusers  # takes seconds, and nothing but built-in teachers needs it
+
+    name = KINDS[kind].class_name
+    vae_class = getattr(diffusers, name, None)
+    if vae_class is None:
+        raise UserError(
+            f"teacher.kind = {kind}: diffusers {diffusers.__version__} has no {name}; "
+            "pip install --upgrade diffusers (0.41 has all kinds)"
+        )
+    # Without parts that are kept in float32, loading does not need accelerate: all is
+    # loaded in float32.
+    return type(name, (vae_class,), {"_keep_in_fp32_modules": None})
+
+
+def _place(vae_class: type, path: str) -> tuple[str, str | None]:
+    """The folder or hub id of a VAE, and the subfolder of it."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(_vae_folder(folder)), None
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise UserError(
+            f"teacher.path = {path} is no folder, and no hub id (owner/name)"
+        )
+    try:
+        vae_class.load_config(path, subfolder="vae")
+    except OSError:  # the repository of a VAE, or one that loading will fail to reach
+        return path, None
+    return path, "vae"
+
+
+def _vae_folder(folder: Path) -> Path:
+    for candidate in (folder / "vae", folder):
+        if (candidate / "config.json").is_file():
+            if not any(candidate.glob("*.safetensors")):
+                raise UserError(
+                    f"teacher.path: {candidate} has no .safetensors, which is all that "
+                    "is loaded: download or convert them"
+                )
+            return candidate
+    raise UserError(
+        f"teacher.path = {folder} has no config.json, nor has its folder vae: give the "
+        "folder of a VAE or of a pipeline of diffusers"
+    )
+
+
+def _check_config(kind: str, path: str, config: dict[str, object]) -> None:
+    found, wanted = config.get("_class_name"), KINDS[kind].class_name
+    if found != wanted:
+        kinds = [name for name, other in KINDS.items() if other.class_name == found]
+        cure = f"take teacher.kind = {kinds[0]}" if kinds else f"{kind} is {wanted}"
+        raise UserError(f"teacher.path = {path} holds a {found}: {cure}")
+    for key in KINDS[kind].needed:
+        if key not in config:
+            raise UserError(
+                f"teacher.path = {path}: config.json has no {key}, without which its "
+                "latents cannot be normalised: take a newer version of it"
+            )
+
+
+def _cannot_load(path: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0].strip().rstrip(".:")
+    if Path(path).expanduser().is_dir():
+        return f"teacher.path = {path} cannot be loaded: {reason}; download it again"
+    return (
+        f"teacher.path = {path} is no folder here, and the hub does not give it: "
+        f"{reason}; download it where the hub can be reached (hf download {path}), or "
+        "give a folder"
+    )
+
+
+# --- loading -----------------------------------------------------------------------
+
+
+def load_teacher(
+    settings: TeacherSettings, device: torch.device, compile: bool = False
+) -> Teacher | None:
     """The teacher that the settings name, or None where they name none.
 
+    Args:
+        settings: checked by `taehv.config.check_config`.
+        device: where it runs.
+        compile: compile the encoder of a built-in kind with torch.compile.
+
     Raises:
-        UserError: it cannot be found.
+        UserError: it cannot be found or loaded.
     """
     if not settings.kind:
-        if settings.path:
-            raise UserError(
-                f"teacher.path = {settings.path} without teacher.kind: name the class"
-            )
         return None
-    module, _, name = settings.kind.partition(":")
-    if not (module and name):
-        raise UserError(
-            f'teacher.kind = "{settings.kind}" must be "package.module:Class", or '
-            "empty for none"
-        )
+    if settings.kind in KINDS:
+        return DiffusersTeacher(settings, device, compile)
+    return _own_class(settings.kind)(settings.path, device)
+
+
+def _own_class(kind: str) -> type:
+    module, _, name = kind.partition(":")
     try:
         package = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"teacher.kind = {settings.kind}: no module named {error.name}; put its "
-            "folder on PYTHONPATH"
+            f"teacher.kind = {kind}: no module named {error.name}; put its folder on "
+            "PYTHONPATH"
         ) from None
     factory = getattr(package, name, None)
     if not (isinstance(factory, type) and hasattr(factory, "encode")):
         raise UserError(
-            f"teacher.kind = {settings.kind}: {module} has no {name} that is a class "
-            "with the methods of taehv.teacher.Teacher"
+            f"teacher.kind = {kind}: {module} has no {name} that is a class with the "
+            "methods of taehv.teacher.Teacher"
         )
-    return factory(settings.path, device)
+    return factory
 
 
 def check_teacher(
@@ -81,9 +412,16 @@ def check_teacher(
         UserError: with the teacher's own words.
     """
     if teacher.latent_channels != latent_channels:
+        pupils = [
+            name
+            for name, variant in VARIANTS.items()
+            if variant.latent_channels == teacher.latent_channels
+            and variant.teacher == getattr(teacher, "kind", variant.teacher)
+        ]
         raise UserError(
             f"the teacher has {teacher.latent_channels} latent channels, the student "
             f"{latent_channels}: choose the model.variant made for this teacher"
+            + (f", {' or '.join(pupils)}" if pupils else "")
         )
     try:
         teacher.check(frames, height, width)

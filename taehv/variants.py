@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +13,48 @@ CHUNK_FRAMES = 17
 CHUNK_LEAD_FRAMES = 3
 CHUNK_LATENTS = 5
 CHUNK_DROPPED_LATENTS = 3
+
+
+@dataclass(frozen=True)
+class CountRule:
+    """Which counts of frames, or of pixels, are legal: `period * k + a remainder`."""
+
+    period: int
+    remainders: tuple[int, ...] = (0,)
+    least: int = 1
+
+    def __str__(self) -> str:
+        """The rule as a formula: "8k or 8k + 1"."""
+        return " or ".join(
+            f"{self.period}k" + (f" + {remainder}" if remainder else "")
+            for remainder in self.remainders
+        )
+
+    def allows(self, count: int) -> bool:
+        """Whether a count is legal."""
+        return count >= self.least and count % self.period in self.remainders
+
+    def nearest(self, count: int) -> str:
+        """The legal counts next to one that is not: "8 or 9"."""
+        below = filter(self.allows, range(count, self.least - 1, -1))
+        above = filter(self.allows, itertools.count(max(count, self.least)))
+        return " or ".join(str(n) for n in [*itertools.islice(below, 1), next(above)])
+
+
+FRAME_RULES: dict[str, CountRule] = {
+    "cogvideox": CountRule(8, (0, 1)),
+    "hunyuanvideo": CountRule(4, (1,)),
+    "hunyuanvideo1_5": CountRule(4, (1,)),
+    "wan": CountRule(4, (1,)),
+    "ltx2": CountRule(8, (1,)),
+    "minimax_h3": CountRule(CHUNK_FRAMES, (5,), least=CHUNK_FRAMES + 5),
+}
+"""Lengths of a clip, in frames, that each built-in kind of teacher codes whole.
+
+Of other lengths diffusers' classes drop frames silently, raise, or decode another
+number
+of frames than they were given.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +81,8 @@ class Variant:
     time_stages: tuple[bool, bool, bool] = (True, True, False)
     """Which encoder stages halve the frame rate; the decoder mirrors them."""
     trim: Literal["causal", "parity", "chunks"] = "causal"
+    teacher: str = ""
+    """Kind of the reference VAE, a key of FRAME_RULES; empty where none is built in."""
 
     @property
     def time_factor(self) -> int:
@@ -103,13 +148,6 @@ class Variant:
         runs = self.kept_frames(latents, upscale)
         return sum(run.stop - run.start for run in runs)
 
-    def lead_frames(self, latents: int, lead: int) -> int:
-        """How many of the frames of `latents` latents come from the first `lead`."""
-        end = lead * self.time_factor
-        return sum(
-            max(0, min(run.stop, end) - run.start) for run in self.kept_frames(latents)
-        )
-
     def target_frames(self, frames: int) -> int:
         """How many leading input frames the decoded frames are compared with.
 
@@ -154,19 +192,21 @@ class Variant:
         return self.frames_of(self.latents_of(frames)) == frames
 
 
-_LTX = {"patch_size": 4, "time_stages": (True, True, True)}
+_HUNYUAN = {"patch_size": 2, "teacher": "hunyuanvideo1_5"}
+_LTX = {"patch_size": 4, "time_stages": (True, True, True), "teacher": "ltx2"}
+_WAN = {"patch_size": 2, "teacher": "wan"}
 
 VARIANTS: dict[str, Variant] = {
-    "taehv": Variant(16, "HunyuanVideo"),
-    "taecvx": Variant(16, "CogVideoX", trim="parity"),
-    "taew2_1": Variant(16, "Wan 2.1"),
-    "taew2_2": Variant(48, "Wan 2.2", patch_size=2),
-    "taew2_2_super": Variant(48, "Wan 2.2", patch_size=2, decoder="super"),
-    "taehv1_5": Variant(32, "HunyuanVideo 1.5", patch_size=2),
-    "taehv1_5_super": Variant(32, "HunyuanVideo 1.5", patch_size=2, decoder="super"),
+    "taehv": Variant(16, "HunyuanVideo", teacher="hunyuanvideo"),
+    "taecvx": Variant(16, "CogVideoX", trim="parity", teacher="cogvideox"),
+    "taew2_1": Variant(16, "Wan 2.1", teacher="wan"),
+    "taew2_2": Variant(48, "Wan 2.2", **_WAN),
+    "taew2_2_super": Variant(48, "Wan 2.2", decoder="super", **_WAN),
+    "taehv1_5": Variant(32, "HunyuanVideo 1.5", **_HUNYUAN),
+    "taehv1_5_super": Variant(32, "HunyuanVideo 1.5", decoder="super", **_HUNYUAN),
     "taeltx_2": Variant(128, "LTX-2", **_LTX),
     "taeltx2_3": Variant(128, "LTX-2.3", **_LTX),
     "taeltx2_3_wide": Variant(128, "LTX-2.3", decoder="wide", **_LTX),
     "taeos1_3": Variant(16, "Open-Sora 1.3"),
-    "taeh3": Variant(24, "MiniMax-H3", patch_size=2, trim="chunks"),
+    "taeh3": Variant(24, "MiniMax-H3", 2, trim="chunks", teacher="minimax_h3"),
 }
