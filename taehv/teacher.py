@@ -127,7 +127,7 @@ class DiffusersTeacher:
         kind = KINDS[settings.kind]
         vae = _load_vae(settings.kind, settings.path).requires_grad_(False).eval()
         self.latent_channels: int = vae.config[kind.channels]
-        self.space_factor = _space_factor(settings.kind, self.latent_channels)
+        self.space_factor = _space_factor(settings, self.latent_channels)
         mean_C, std_C = kind.normalization(vae)
         _adapt(vae, settings.kind, settings.tiling)
         is_bf16 = settings.dtype == "bf16" or (
@@ -140,7 +140,9 @@ class DiffusersTeacher:
             [kind.class_name, kind.pixel_mean, kind.pixel_std, settings.latents],
             [mean_C.tolist(), std_C.tolist(), vae.use_tiling],
         )
-        self.vae = _on_device(vae, device)
+        self.vae = vae.to(device)
+        _check_finite(vae, settings.path)
+        _put_channels_last(vae)
         if compile:
             # Not the decoder: validation alone runs it, which would not repay this. Nor
             # the whole of encode: its loops over time would be unrolled.
@@ -227,30 +229,34 @@ def _remembered(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return remembered
 
 
-def _on_device(vae: nn.Module, device: torch.device) -> nn.Module:
-    vae.to(device)
+def _check_finite(vae: nn.Module, path: str) -> None:
     for name, parameter in vae.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(
-                f"teacher.path: {name} has values that are not finite: the weights are "
-                "damaged, download them again"
+                f"teacher.path = {path}: {name} has values that are not finite: "
+                "download it again"
             )
-        if parameter.dim() == 5:  # convolutions over time and space
-            parameter.data = parameter.data.contiguous(
-                memory_format=torch.channels_last_3d
-            )
-    return vae
 
 
-def _space_factor(kind: str, latent_channels: int) -> int:
+def _put_channels_last(vae: nn.Module) -> None:
+    for parameter in vae.parameters():
+        if parameter.dim() == 5:  # kernels over time and space
+            data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+            parameter.data = data
+
+
+def _space_factor(settings: TeacherSettings, latent_channels: int) -> int:
     # Not from the VAE: what LTX-2's class says of itself is twice what it does unless
     # its config says better.
     for variant in VARIANTS.values():
-        if (variant.teacher, variant.latent_channels) == (kind, latent_channels):
+        if (variant.teacher, variant.latent_channels) == (
+            settings.kind,
+            latent_channels,
+        ):
             return variant.space_factor
     raise UserError(
-        f"teacher.path: a {kind} of {latent_channels} latent channels, which no "
-        "model.variant learns: take one of the README's repositories"
+        f"teacher.path = {settings.path} has {latent_channels} latent channels, which "
+        f"no model.variant learns from {settings.kind}: take one of the README's"
     )
 
 

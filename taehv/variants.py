@@ -51,9 +51,8 @@ FRAME_RULES: dict[str, CountRule] = {
 }
 """Lengths of a clip, in frames, that each built-in kind of teacher codes whole.
 
-Of other lengths diffusers' classes drop frames silently, raise, or decode another
-number
-of frames than they were given.
+Of other lengths diffusers' classes drop frames silently, raise, or decode to another
+length.
 """
 
 

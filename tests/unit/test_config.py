@@ -35,6 +35,9 @@ UNUSUAL: dict[str, Any] = {
     "model.checkpoint": "C:\\weights\\new.pth",
     "teacher.kind": "a.b:'C'",
     "teacher.path": '"""',
+    "teacher.dtype": "bf16",
+    "teacher.latents": "mode",
+    "teacher.tiling": False,
     "data.root": "'''",
     "data.annotations": "true",
     "data.holdout": ["a, b.mp4", TRICKY, "[!x]*"],
@@ -358,6 +361,11 @@ def test_limits_themselves_are_legal(key: str, value: int) -> None:
     assert get(load_config([f"--data.{key}={value}"], 1), f"data.{key}") == value
 
 
+CVX = "--teacher.kind=cogvideox --teacher.path=a/b --model.variant=taecvx"
+HV = "--teacher.kind=hunyuanvideo --teacher.path=a/b"
+LTX = "--teacher.kind=ltx2 --teacher.path=a/b --model.variant=taeltx2_3"
+H3 = "--teacher.kind=minimax_h3 --teacher.path=a/b --model.variant=taeh3"
+
 RULES = [
     (1, "--data.stride=1", "data.stride = [1] must be two numbers"),
     (1, "--data.stride=1,2,3", "must be two numbers"),
@@ -387,6 +395,30 @@ RULES = [
     (1, "--data.cache=c --data.frames=4 --model.variant=taeh3", "take 5"),
     (1, "--data.cache=c --data.frames=12 --model.variant=taecvx", "take 9 or 16"),
     (1, "--data.cache=c --data.lead_in=4", "none of the 4 latents of data.frames = 13"),
+    (1, "--teacher.path=a/b", "teacher.path = a/b without teacher.kind"),
+    (1, "--teacher.kind=wam", 'is no "package.module:Class": did you mean wan?'),
+    (1, "--teacher.kind=own:", '"own:" is no "package.module:Class"'),
+    (1, "--teacher.kind=:Own", '":Own" is no "package.module:Class"'),
+    (1, "--teacher.kind=wan", "take taew2_1 or taew2_2 or taew2_2_super, or as"),
+    (1, "--teacher.kind=wan", "or as teacher.kind hunyuanvideo"),
+    (1, "--teacher.kind=wan --model.variant=taeos1_3", "since none is built in"),
+    (1, "--teacher.kind=hunyuanvideo", "needs teacher.path"),
+    (1, f"{H3} --data.frames=22 --teacher.dtype=bf16", "bf16 is not for minimax_h3"),
+    *[
+        (
+            1,
+            f"{teacher} --data.frames={frames}",
+            f"data.frames = {frames} must be {told}",
+        )
+        for teacher, frames, told in [
+            (CVX, 12, "8k or 8k + 1 for teacher.kind = cogvideox: take 9 or 16"),
+            (CVX, 7, "8k or 8k + 1 for teacher.kind = cogvideox: take 1 or 8"),
+            (HV, 12, "4k + 1 for teacher.kind = hunyuanvideo: take 9 or 13"),
+            (LTX, 13, "8k + 1 for teacher.kind = ltx2: take 9 or 17"),
+            (H3, 5, "17k + 5 for teacher.kind = minimax_h3: take 22"),
+            (H3, 34, "17k + 5 for teacher.kind = minimax_h3: take 22 or 39"),
+        ]
+    ],
     (3, "--training.steps=1", "multiple of the 3 processes: take 18"),
     (32, "--training.steps=1", "multiple of the 32 processes: take 32"),
     (2, "--training.local_batch_size=3", "must divide the 8 clips that each of 2"),
@@ -418,6 +450,12 @@ def test_rules_name_the_cure(world_size: int, line: str, told: str) -> None:
         (1, "--data.cache=c --data.lead_in=3"),
         (1, "--data.cache=c --data.frames=16 --model.variant=taecvx"),
         (1, "--data.lead_in=4 --data.frames=12"),
+        (1, f"{CVX} --data.frames=16"),
+        (1, f"{CVX} --data.frames=9"),
+        (1, f"{HV} --data.frames=13"),
+        (1, f"{LTX} --data.frames=17"),
+        (1, f"{H3} --data.frames=39 --teacher.dtype=fp32"),
+        (1, "--teacher.kind=own:Class --data.frames=12"),
         (1, "--data.stride=1,1 --data.crop_scale=1,1 --optim.betas=0,0"),
     ],
 )
