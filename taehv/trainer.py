@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 import resource
 import sys
@@ -14,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from taehv.cache import Cache, CacheDataset, cached_batches
 from taehv.checkpoint import (
     Checkpointer,
     load_weights,
@@ -50,7 +53,7 @@ from taehv.distributed import (
 )
 from taehv.errors import UserError
 from taehv.logging import RunLog, clock, log, set_up_console, write_text
-from taehv.losses import Targets, psnr
+from taehv.losses import Targets, judged, psnr
 from taehv.metrics import warn_of_scale
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
@@ -146,12 +149,12 @@ class Trainer:
         self.pending: deque[Pending] = deque()
         self.bad_clips = 0
         self.bad_files: set[str] = set()
-        self.train_files, self.held_out = build_file_lists(config.data)
+        self._find_clips()
         self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint)
         newest = max(self.checkpointer.steps(), default=None)
         check_agreement(
             {
-                "list of training files": self._files_hash(),
+                "list of training files": self._clips_hash(),
                 "newest checkpoint": -1 if newest is None else newest,
             }
         )
@@ -163,6 +166,26 @@ class Trainer:
         self.log = self._open_log() if world.is_main else None
 
     # --- composition ---------------------------------------------------------------
+
+    def _find_clips(self) -> None:
+        """What to train on and what to validate on: videos, or windows of a cache."""
+        config, seed = self.config, self.config.training.seed
+        self.cache = None
+        if config.data.cache:
+            # The main process verifies what is new, and notes it for the others.
+            if not self.world.is_main:
+                dist.barrier()
+            self.cache = Cache.open(config.data.cache, config.model.variant)
+            if self.world.is_main:
+                dist.barrier()
+            self.clips = CacheDataset(config.data, self.cache.train, seed)
+            self.sources, self.held_out = self.clips.windows, self.cache.validation
+            told = json.dumps(self.cache.about, sort_keys=True).encode()
+            self.fingerprint = hashlib.sha256(told).hexdigest()
+        else:
+            self.sources, self.held_out = build_file_lists(config.data)
+            self.clips = ClipDataset(config.data, self.sources, seed)
+            self.fingerprint = self.sources.fingerprint
 
     def _build_model(self, resumes: bool) -> None:
         config, world = self.config, self.world
@@ -199,7 +222,17 @@ class Trainer:
         )
 
     def _build_teacher(self) -> None:
-        self.teacher = load_teacher(self.config.teacher, self.world.device)
+        self.teacher = load_teacher(
+            self.config.teacher, self.world.device, self.compiled
+        )
+        if self.teacher is not None and self.cache is not None:
+            if self.teacher.fingerprint != self.cache.about["teacher"]["fingerprint"]:
+                raise UserError(
+                    f"data.cache = {self.config.data.cache} was written with another "
+                    "teacher, or other settings of it: take those, leave teacher.kind "
+                    "empty, or write the cache anew"
+                )
+            self.teacher = None  # its latents are there
         if self.teacher is not None:
             data = self.config.data
             channels = self.model.variant.latent_channels
@@ -238,14 +271,20 @@ class Trainer:
             + (", as a CUDA graph" if self.training_step.graph else "")
         )
         log.info(
-            f"{len(self.train_files)} training files, {len(self.held_out)} held out; "
+            f"{len(self.sources)} {'windows' if self.cache else 'files'} to train on, "
+            f"{len(self.held_out)} held out; "
             f"{config.training.global_batch_size} clips a step of {data.frames} x "
             f"{data.height} x {data.width}"
         )
         if not len(self.held_out) and config.validation.clips:
             log.warning(
-                "validation is off: there is one video file only, and a file is "
-                "trained on or held out, never both"
+                "validation is off: "
+                + (
+                    "the cache has no validation windows"
+                    if self.cache
+                    else "there is one video file only, and a file is trained on or "
+                    "held out, never both"
+                )
             )
 
     # --- resuming ------------------------------------------------------------------
@@ -254,14 +293,14 @@ class Trainer:
         counts = {
             **asdict(self.counts),
             "seed": self.config.training.seed,
-            "files": len(self.train_files),
-            "files_hash": self._files_hash(),
+            "files": len(self.sources),
+            "files_hash": self._clips_hash(),
             "sampler_version": SAMPLER_VERSION,
         }
         return training_state(self.model, self.ema, self.optimizer, counts)
 
-    def _files_hash(self) -> int:
-        return int(self.train_files.fingerprint[:15], 16)
+    def _clips_hash(self) -> int:
+        return int(self.fingerprint[:15], 16)
 
     def _resume(self, step: int) -> None:
         if not self.config.checkpoint.resume:
@@ -351,7 +390,6 @@ class Trainer:
 
     def _loader(self) -> ClipLoader:
         training = self.config.training
-        clips = ClipDataset(self.config.data, self.train_files, training.seed)
         steps = Steps(
             self.counts.samples,
             training.global_batch_size,
@@ -359,7 +397,7 @@ class Trainer:
             self.world.rank,
             self.world.size,
         )
-        return ClipLoader(clips, steps, self.world.device.type == "cuda")
+        return ClipLoader(self.clips, steps, self.world.device.type == "cuda")
 
     def _step(self, loader: Iterator[Batch]) -> None:
         begin = time.monotonic()
@@ -416,6 +454,21 @@ class Trainer:
     def _targets(self, batch: Batch) -> Targets:
         frames_NTCHW = self.upload(batch)
         targets = Targets(frames_NTCHW)
+        device = self.world.device
+        if batch.latents_NTCHW is not None:
+            targets.latents_NTCHW = batch.latents_NTCHW.to(
+                device, self.exact, non_blocking=True
+            )
+            frames = self.model.variant.target_frames(frames_NTCHW.shape[1])
+            masks = judged(
+                self.model.variant,
+                batch.lead_N,
+                batch.latents_NTCHW.shape[1],
+                frames,
+            )
+            targets.judged_latents_NT, targets.judged_frames_NT = (
+                mask.to(device, non_blocking=True) for mask in masks
+            )
         if self.teacher is not None:
             with torch.no_grad():
                 latents_NTCHW = self.teacher.encode(frames_NTCHW, batch.numbers)
@@ -461,21 +514,33 @@ class Trainer:
         rank, size = self.world.rank, self.world.size
         return range(total * rank // size, total * (rank + 1) // size)
 
+    def _is_taught(self) -> bool:
+        return self.cache is not None or self.teacher is not None
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        """This process's part; a cache has a number of clips of its own."""
+        size = self._local_batch_size()
+        if self.cache is not None:
+            windows = self.cache.validation
+            return cached_batches(windows, self._own_part(len(windows)), size)
+        total = self.config.validation.clips
+        return validation_batches(
+            self.config.data, self.held_out, self._own_part(total), total, size
+        )
+
     def _validate(self) -> None:
         settings = self.config.validation
         if not settings.clips or not len(self.held_out):
             return
         for name, weight in self._whole_ema().items():
             self.judge.get_parameter(name).data.copy_(weight)
-        batches = validation_batches(
-            self.config.data,
-            self.held_out,
-            clips=self._own_part(settings.clips),
-            total=settings.clips,
-            batch_size=self._local_batch_size(),
-        )
         result = validate(
-            self.judge, self.teacher, batches, self.world.device, self.stop
+            self.judge,
+            self.teacher,
+            self._validation_batches(),
+            self.world.device,
+            self.stop,
+            is_taught=self._is_taught(),
         )
         if self.stop.agreed():
             return
@@ -535,9 +600,10 @@ class Trainer:
     def _about(self) -> dict[str, str]:
         """What the weights are, for whoever loads them."""
         settings = dumps(self.config).encode()
+        latent_space = self.model.variant.latent_space if self._is_taught() else "own"
         return {
             "variant": self.config.model.variant,
-            "latent_space": self.model.variant.latent_space if self.teacher else "own",
+            "latent_space": latent_space,
             "step": str(self.counts.step),
             "config_sha256": hashlib.sha256(settings).hexdigest(),
         }

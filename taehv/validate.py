@@ -58,6 +58,7 @@ def validate(
     batches: Iterable[Batch],
     device: torch.device,
     stop: StopSignal,
+    is_taught: bool,
     pictures: int = 4,
 ) -> ValidationResult | None:
     """Reconstruct the batches and average over all processes (a collective).
@@ -69,13 +70,14 @@ def validate(
         batches: this process's clips.
         device: where the model is.
         stop: ends the validation early; the result is then of no use.
+        is_taught: whether the teacher, or the batches, have latents to compare with.
         pictures: clips to keep for pictures.
 
     Returns:
         None where no process could decode a clip.
     """
     start = time.monotonic()
-    judge = _Judge(model, teacher, device)
+    judge = _Judge(model, teacher, device, is_taught)
     kept: list[tuple[Tensor, ...]] = []
     for batch in batches:
         if stop.received:
@@ -94,16 +96,20 @@ class _Judge:
     """Sums over clips, and what they are made of."""
 
     def __init__(
-        self, model: TAEHV, teacher: Teacher | None, device: torch.device
+        self,
+        model: TAEHV,
+        teacher: Teacher | None,
+        device: torch.device,
+        is_taught: bool,
     ) -> None:
         self.model, self.teacher, self.device = model, teacher, device
         self.dtype = next(model.parameters()).dtype
         self.names = ["psnr", "mean_color_psnr"]
-        self.names += ["decoder_psnr", "teacher_psnr"] if teacher else []
+        self.names += ["decoder_psnr", "teacher_psnr"] if is_taught else []
         # The means, then the latents' mean square and the number of clips.
         self.sums = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=device)
         channels = model.variant.latent_channels
-        self.latents = LatentStatistics(channels, device) if teacher else None
+        self.latents = LatentStatistics(channels, device) if is_taught else None
 
     def add(self, batch: Batch) -> list[Tensor]:
         """Take in a batch; returns the frames to be seen beside one another."""
@@ -118,7 +124,14 @@ class _Judge:
             decoded = [self._decoded(teacher_NTCHW), self.teacher.decode(teacher_NTCHW)]
             judged += decoded
             shown.append(decoded[0][:, : shown[0].shape[1]])
+        if batch.latents_NTCHW is not None:
+            teacher_NTCHW = batch.latents_NTCHW.to(self.device)
+            self.latents.add(latents_NTCHW, teacher_NTCHW)
+            judged.append(self._decoded(teacher_NTCHW))
+            shown.append(judged[-1][:, : shown[0].shape[1]])
         values = [_clip_psnr(frames_NTCHW, x_NTCHW) for x_NTCHW in judged]
+        if batch.teacher_psnr_N is not None:
+            values.append(batch.teacher_psnr_N.to(self.device, torch.float64))
         values.append(latents_NTCHW.double().square().mean((1, 2, 3, 4)))
         values.append(torch.ones_like(values[0]))
         self.sums += torch.stack(values).sum(1)

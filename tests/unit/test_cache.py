@@ -696,18 +696,25 @@ def tree(pid: int) -> list[int]:
     return [pid, *itertools.chain(*(tree(int(child)) for child in children))]
 
 
-def kill_amid(command: list[str], folder: Path, shards: int, delay: float) -> None:
-    """Start a precompute and kill all of its processes once it is under way."""
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """Run a module as a user does."""
     here = str(Path(__file__).parent)
-    environment = {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", *command],
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
     )
+
+
+def kill_amid(command: list[str], folder: Path, shards: int, delay: float) -> None:
+    """Start a precompute and kill all of its processes once it is under way."""
+    process = start(command)
     deadline = time.monotonic() + 100
     while len(list(folder.glob("train/*.json"))) < shards:
         assert process.poll() is None, process.communicate()[0]
@@ -720,25 +727,26 @@ def kill_amid(command: list[str], folder: Path, shards: int, delay: float) -> No
 
 
 def kill_and_go_on(videos: Path, folder: Path, seed: int) -> None:
-    """Two processes are killed, then one, and then one finishes."""
+    """Two processes are killed, then one, and then two finish."""
     rng = random.Random(seed)
-    changes = {"teacher__kind": "cache_teachers:Slow", "cache__windows": 120}
-    settings = arguments(videos, folder, **changes)
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command = ["taehv.precompute", *settings]
-    kill_amid([*torchrun, *command], folder, 1, rng.uniform(0, 0.4))
+    command = ["taehv.precompute", *arguments(videos, folder, **LONG)]
+    kill_amid([*TORCHRUN, *command], folder, 1, rng.uniform(0, 0.4))
     between = len(list(folder.glob("train/*.json")))
     assert 1 <= between < 20
     kill_amid(command, folder, between + 1, rng.uniform(0, 0.4))
     assert between < len(list(folder.glob("train/*.json"))) < 20
-    make_cache(videos, folder, **changes)
+    process = start([*TORCHRUN, *command])
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and output.count("complete: ") == 1, output
+
+
+LONG = {"teacher__kind": "cache_teachers:Slow", "cache__windows": 120}
 
 
 def test_a_killed_precompute_goes_on_to_the_same_bytes(
     videos: Path, tmp_path: Path
 ) -> None:
-    changes = {"teacher__kind": "cache_teachers:Slow", "cache__windows": 120}
-    whole = make_cache(videos, tmp_path / "whole", **changes)
+    whole = make_cache(videos, tmp_path / "whole", **LONG)
     kill_and_go_on(videos, tmp_path / "killed", seed=0)
     assert contents(tmp_path / "killed") == contents(whole)
     assert len(Cache.open(tmp_path / "killed", "taehv").train) == 120
@@ -746,8 +754,7 @@ def test_a_killed_precompute_goes_on_to_the_same_bytes(
 
 @pytest.mark.soak
 def test_kills_at_many_moments(videos: Path, tmp_path: Path) -> None:
-    changes = {"teacher__kind": "cache_teachers:Slow", "cache__windows": 120}
-    whole = contents(make_cache(videos, tmp_path / "whole", **changes))
+    whole = contents(make_cache(videos, tmp_path / "whole", **LONG))
     for seed in range(1, 6):
         kill_and_go_on(videos, tmp_path / f"killed-{seed}", seed)
         assert contents(tmp_path / f"killed-{seed}") == whole

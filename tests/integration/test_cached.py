@@ -1,0 +1,78 @@
+"""Training from a cache: the same steps as with the teacher itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run
+
+TEACHER = {
+    "teacher__kind": "cache_teachers:Projection",
+    "data__crop_scale": "1,1",
+    "data__stride": "1,1",
+    "data__flip": 0,
+}
+WINDOWS = {"cache.windows": 6, "cache.shard_windows": 4, "cache.batch_size": 2}
+
+
+def precompute(run: Run, cache: Path, **sizes: int) -> None:
+    """Write a cache with the settings of a run."""
+    settings = {
+        **run.settings,
+        **WINDOWS,
+        **{f"cache.{name}": size for name, size in sizes.items()},
+        "data.cache": cache,
+    }
+    command = [sys.executable, "-m", "taehv.precompute"]
+    command += [f"--{key}={value}" for key, value in settings.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=200)
+
+
+@pytest.fixture(autouse=True)
+def _teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests/unit'}")
+
+
+def test_a_cache_trains_as_its_teacher_does(videos: Path, tmp_path: Path) -> None:
+    """Windows as large as the clips leave one crop, the one that is seen live."""
+    live = Run(tmp_path / "live", videos, **TEACHER, training__steps=3)
+    live.finish()
+    precompute(live, tmp_path / "cache", frames=5, height=16, width=16)
+    cached = Run(tmp_path / "cached", videos, training__steps=3, data__root="")
+    output = cached.finish(data__cache=tmp_path / "cache")
+    assert "6 windows to train on, 2 held out" in output
+    assert len(cached.losses()) == 3
+    # Another order of the same clips, so the first steps agree only on the whole: the
+    # validation before any step sees the same clips and weights.
+    first, theirs = (
+        json.loads((run.folder / "validation.jsonl").read_text().splitlines()[0])
+        for run in (cached, live)
+    )
+    for name in ("psnr", "decoder_psnr", "teacher_psnr", "latent_correlation"):
+        assert first[name] == pytest.approx(theirs[name], abs=2e-3), name
+    refusal = live.finish(
+        code=2,
+        data__cache=tmp_path / "cache",
+        job__name="other",
+        teacher__kind="cache_teachers:Other",
+    )
+    assert "was written with another teacher" in refusal
+
+
+def test_crops_inside_a_window_are_judged_after_their_lead_in(
+    videos: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, videos, **TEACHER, training__steps=8, validation__interval=100)
+    precompute(run, tmp_path / "cache", frames=13, height=32, width=32)
+    settings = {"data__cache": tmp_path / "cache", "training__global_batch_size": 4}
+    run.finish(2, **settings, parallelism__mode="fsdp")
+    records = run.metrics()
+    assert len(records) == 8 and all(record["loss"] > 0 for record in records)
+    about = json.loads((run.folder / "checkpoints/step-8/about.json").read_text())
+    assert about["latent_space"] == "HunyuanVideo"
