@@ -15,6 +15,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests may take their time."""
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 def make_video(path: Path, frames: int = 24, size: int = 32, seed: int = 0) -> Path:
     """A short video of blurred noise that drifts and changes colour."""
     rng = np.random.default_rng(seed)
