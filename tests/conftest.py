@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -54,6 +58,107 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Running:
+    """A program in the background, which ends with all below it by its deadline.
+
+    What it prints goes to a file, so that it never waits for a reader.
+    """
+
+    _all: list[Running] = []
+
+    def __init__(self, command: Sequence[object], **environment: str) -> None:
+        self._printed = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [*map(str, command)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=self._printed,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        self._all.append(self)
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return os.pread(self._printed.fileno(), 2**24, 0).decode(errors="replace")
+
+    def tree(self) -> list[int]:
+        """The process ids of it and of all below it, parents first."""
+        found = [self.pid]
+        for pid in found:
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                try:
+                    found += map(int, children.read_text().split())
+                except OSError:  # it ended just now
+                    continue
+        return found
+
+    def rank(self, rank: int) -> int:
+        """The process id of a rank that torchrun started."""
+        for pid in self.tree()[1:]:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if b"RANK=%d" % rank in environment:
+                return pid
+        raise AssertionError(f"no rank {rank}: {self.output()}")
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to its process group, as a terminal does.
+
+        torchrun's workers are in groups of their own.
+        """
+        os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it and all below it."""
+        for pid in self.tree():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._process.wait()
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 120) -> None:
+        """Wait until the condition holds, which must be while the program runs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            ended = self._process.poll() is not None
+            if (ended and not condition()) or time.monotonic() > deadline:
+                told = "it ended" if ended else f"not within {seconds} s"
+                self.kill()
+                pytest.fail(f"{told}; its output:\n{self.output()}")
+            time.sleep(0.02)
+
+    def prints(self, text: str, seconds: float = 120) -> None:
+        """Wait until it has printed a text."""
+        self.wait_for(lambda: text in self.output(), seconds)
+
+    def end(self, code: int | None = 0, seconds: float = 120) -> str:
+        """Wait for its end; the exit code must be this one. Returns its output."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"no end within {seconds} s; its output:\n{self.output()}")
+        assert code in (None, self._process.returncode), self.output()
+        return self.output()
+
+    @classmethod
+    def kill_all(cls) -> None:
+        """Kill what is still running."""
+        while cls._all:
+            running = cls._all.pop()
+            if running._process.poll() is None:
+                running.kill()
+
+
+@pytest.fixture(autouse=True)
+def _no_strays() -> Iterator[None]:
+    """A test that fails leaves no processes behind."""
+    yield
+    Running.kill_all()
+
+
 class Run:
     """A training run in a folder of its own, started as a user starts it."""
 
@@ -88,23 +193,18 @@ class Run:
             launcher += ["--nproc_per_node", str(processes)]
         return [*launcher, str(ROOT / "train.py"), *arguments]
 
-    def start(self, processes: int = 1, **settings: object) -> subprocess.Popen[str]:
+    def start(
+        self,
+        processes: int = 1,
+        environment: dict[str, str] | None = None,
+        **settings: object,
+    ) -> Running:
         """Start it in the background."""
-        return subprocess.Popen(
-            self.command(processes, **settings),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        return Running(self.command(processes, **settings), **environment or {})
 
     def finish(self, processes: int = 1, code: int = 0, **settings: object) -> str:
         """Run it to its end, which must have this exit code; returns its output."""
-        process = self.start(processes, **settings)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == code, output
-        return output
+        return self.start(processes, **settings).end(code, 240)
 
     def metrics(self) -> list[dict[str, float]]:
         """The records of all steps so far."""

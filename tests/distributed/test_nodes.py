@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, Run, Running
 
 
 def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
@@ -28,24 +28,16 @@ def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
         "NNODES": "2",
         "NGPU": "1",
         "RDZV_ENDPOINT": f"127.0.0.1:{port}",
-        "OMP_NUM_THREADS": "1",
     }
     arguments = [f"--{key}={value}" for key, value in run.settings.items()]
     arguments += ["--data.crops_per_window=1", "--data.color_jitter=0"]
     arguments += ["--data.crop_scale=0.5,1"]
     arguments += ["--optim.lr=1e-3"]
     nodes = [
-        subprocess.Popen(
-            [str(ROOT / "run_train.sh"), *arguments],
-            env={**os.environ, **shared, "NODE_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        Running([ROOT / "run_train.sh", *arguments], **shared, NODE_RANK=str(rank))
         for rank in range(2)
     ]
-    outputs = [node.communicate(timeout=200)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
+    outputs = [node.end(seconds=200) for node in nodes]
     assert "the CPU x 2" in outputs[0] and "the CPU x 2" not in outputs[1]
     assert run.losses() == pytest.approx(reference.losses(), rel=1e-5)
 

@@ -17,7 +17,7 @@ from taehv.checkpoint import load_weights
 def convert(*arguments: object, code: int = 0) -> str:
     """Run the command; its exit code must be this one."""
     command = [sys.executable, "-m", "taehv.convert", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 

@@ -26,7 +26,9 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def peak_mib(variant: str, frames: int) -> float:
     """Peak memory of a process that streams so many frames."""
     command = [sys.executable, "-c", SCRIPT, variant, str(frames)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=900
+    )
     count, peak = done.stdout.split()
     assert int(count) >= frames - 16
     return int(peak) / 1024

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -113,11 +112,8 @@ def test_killed_run_resumes_exactly(
     settings["job__output_dir"] = tmp_path
     run = Run(tmp_path, videos, **settings)
     process = run.start()
-    deadline = time.monotonic() + 120
-    while len(run.metrics()) < 13 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.wait_for(lambda: len(run.metrics()) >= 13)
+    process.kill()
     before = len(run.metrics())
     assert 13 <= before < 30
     output = run.finish()
@@ -137,12 +133,10 @@ def test_stop_signal_saves_and_the_same_command_goes_on(
     settings["job__output_dir"] = tmp_path
     run = Run(tmp_path, videos, **settings)
     process = run.start()
-    while len(run.metrics()) < 3:
-        time.sleep(0.02)
+    process.wait_for(lambda: len(run.metrics()) >= 3)
     # As a terminal does it: the decoding processes get the signal too.
-    os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    process.send(signal.SIGINT)
+    output = process.end(seconds=60)
     stopped = len(run.metrics())
     assert 3 <= stopped < 10 and f"stopped at step {stopped}" in output
     assert (run.folder / f"checkpoints/step-{stopped}/.metadata").exists()
@@ -153,14 +147,10 @@ def test_stop_signal_saves_and_the_same_command_goes_on(
 def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, videos, training__steps=3)
     process = run.start(validation__clips=2000, data__workers=1)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "held out" in line:  # the last line before the validation
-            break
+    process.prints("held out")  # the last line before the validation
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    process.send(signal.SIGTERM)
+    output = process.end(seconds=60)
     assert "stopped at step 0" in output and "validation at" not in output
     assert "resuming from" in run.finish()
     records = [*map(json.loads, (run.folder / "validation.jsonl").open())]

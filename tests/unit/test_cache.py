@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from cache_teachers import Projection
+from conftest import Running
 from numbered_video import make_video, numbers_of
 
 import taehv.cache
@@ -690,40 +690,21 @@ def test_the_example_writes_a_cache(tmp_path: Path) -> None:
 # --- kills ---------------------------------------------------------------------------
 
 
-def tree(pid: int) -> list[int]:
-    """A process and all below it."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *itertools.chain(*(tree(int(child)) for child in children))]
-
-
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
+def start(command: list[str]) -> Running:
     """Run a module as a user does."""
     here = str(Path(__file__).parent)
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
+    return Running([sys.executable, "-m", *command], PYTHONPATH=here)
 
 
 def kill_amid(command: list[str], folder: Path, shards: int, delay: float) -> None:
     """Start a precompute and kill all of its processes once it is under way."""
     process = start(command)
-    deadline = time.monotonic() + 100
-    while len(list(folder.glob("train/*.json"))) < shards:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process.wait_for(lambda: len(list(folder.glob("train/*.json"))) >= shards, 100)
     time.sleep(delay)
-    for pid in tree(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
 
 
 def kill_and_go_on(videos: Path, folder: Path, seed: int) -> None:
@@ -735,9 +716,8 @@ def kill_and_go_on(videos: Path, folder: Path, seed: int) -> None:
     assert 1 <= between < 20
     kill_amid(command, folder, between + 1, rng.uniform(0, 0.4))
     assert between < len(list(folder.glob("train/*.json"))) < 20
-    process = start([*TORCHRUN, *command])
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0 and output.count("complete: ") == 1, output
+    output = start([*TORCHRUN, *command]).end(seconds=100)
+    assert output.count("complete: ") == 1, output
 
 
 LONG = {"teacher__kind": "cache_teachers:Slow", "cache__windows": 120}
