@@ -168,6 +168,11 @@ def shard(
         )
 
 
+def uses_compile(settings: Compile, device: torch.device) -> bool:
+    """Whether networks are to be compiled on this device."""
+    return device.type == "cuda" if settings.enable == "auto" else settings.enable
+
+
 def compile_in_place(
     roots: list[nn.Module], settings: Compile, device: torch.device
 ) -> bool:
@@ -176,7 +181,7 @@ def compile_in_place(
     Returns:
         Whether the modules are compiled.
     """
-    enabled = device.type == "cuda" if settings.enable == "auto" else settings.enable
+    enabled = uses_compile(settings, device)
     if enabled:
         for root in roots:
             root.compile(fullgraph=True)

@@ -58,7 +58,13 @@ from taehv.data import (
     to_frames,
     validation_batches,
 )
-from taehv.distributed import StopSignal, World, check_agreement, started
+from taehv.distributed import (
+    StopSignal,
+    World,
+    check_agreement,
+    started,
+    uses_compile,
+)
 from taehv.errors import UserError, run_command
 from taehv.logging import clock, log, set_up_console
 from taehv.losses import aligned, psnr
@@ -265,7 +271,9 @@ class Precompute:
         return int(self.files.fingerprint[:15], 16)
 
     def _load_teacher(self) -> Teacher:
-        teacher = load_teacher(self.config.teacher, self.world.device)
+        device = self.world.device
+        compiled = uses_compile(self.config.compile, device)
+        teacher = load_teacher(self.config.teacher, device, compiled)
         assert teacher is not None  # check_precompute wants its kind
         for data in (self.window_data, self.config.data):
             sizes = data.frames, data.height, data.width
@@ -397,7 +405,7 @@ class Precompute:
     # --- the loop ------------------------------------------------------------------
 
     def _write(self, shards: list[Shard]) -> None:
-        progress = _Progress(shards, self.config.cache.frames, self.world.size)
+        progress = _Progress(shards, self.world.size)
         training = [shard for shard in shards if shard.part == "train"]
         plan = Batches(training, self.config.cache.batch_size)
         clips = ClipDataset(self.window_data, self.files, self.config.training.seed)
@@ -413,6 +421,8 @@ class Precompute:
                 )
                 if not self._write_shard(shard, batches, progress):
                     return
+            self.writing.finish()
+            progress.end()
         finally:
             loader.close()
 
@@ -436,7 +446,7 @@ class Precompute:
             if len(batch.numbers):
                 encoded = self._encode(batch, shard.part == "validation")
                 self.writing.run(self._add, writer, batch, *encoded)
-            progress.add(len(batch.numbers))
+            progress.add(batch)
         self.writing.run(self._finish, writer)
         return True
 
@@ -540,27 +550,44 @@ def _decoded_psnr(
 
 
 class _Progress:
-    """Tells from time to time how far this process is, and about when all will end."""
+    """Tells from time to time how far this process is, and about when all will end.
 
-    def __init__(self, shards: list[Shard], frames: int, processes: int) -> None:
+    The speed is counted from the first batch on: before it, processes start and the
+    teacher is compiled.
+    """
+
+    def __init__(self, shards: list[Shard], processes: int) -> None:
         self.total = sum(len(shard.windows) for shard in shards)
-        self.frames, self.processes = frames, processes
-        self.done = 0
+        self.processes = processes
+        self.done = self._frames = self._first = 0
         self._start = self._told = time.monotonic()
 
-    def add(self, windows: int) -> None:
-        """Note finished windows."""
-        self.done += windows
+    def add(self, batch: Batch) -> None:
+        """Note a batch whose encoding is under way."""
+        windows, frames = batch.frames_NTHWC.shape[:2]
         now = time.monotonic()
-        if now - self._told < PROGRESS_SECONDS or not self.done:
+        if not self.done:
+            self._start, self._first = now, windows
+        else:
+            self._frames += windows * frames
+        self.done += windows
+        if now - self._told < PROGRESS_SECONDS or self.done == self._first:
             return
         self._told = now
-        rate = self.done / (now - self._start)
+        left = (self.total - self.done) * (now - self._start)
         log.info(
             f"{self.done * self.processes} of {self.total * self.processes} windows | "
-            f"{rate * self.frames * self.processes:.0f} frames/s | "
-            f"{clock((self.total - self.done) / rate)} left"
+            f"{self._speed(now)} | {clock(left / (self.done - self._first))} left"
         )
+
+    def end(self) -> None:
+        """Tell the speed, once all that was encoded is written."""
+        if self._frames:
+            log.info(f"encoded at {self._speed(time.monotonic())}")
+
+    def _speed(self, now: float) -> str:
+        rate = self._frames * self.processes / (now - self._start)
+        return f"{rate:.0f} frames/s"
 
 
 def _flat(tree: dict[str, Any] | None, prefix: str = "") -> dict[str, Any]:

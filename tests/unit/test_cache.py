@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from taehv.cache import (
     to_jpeg,
     write_about,
 )
-from taehv.config import Data, read_config
+from taehv.config import Data, Teacher, read_config
 from taehv.data import (
     Batch,
     Clip,
@@ -51,6 +52,7 @@ from taehv.data import (
 )
 from taehv.errors import UserError
 from taehv.precompute import precompute
+from taehv.teacher import load_teacher
 
 CPU = torch.device("cpu")
 ROOT = Path(taehv.cache.__file__).parent.parent
@@ -600,6 +602,26 @@ def test_other_settings_in_the_same_folder(
         make_cache(videos, copied, **changes)
     assert "\n" not in str(raised.value) and str(copied) in str(raised.value)
     assert contents(copied) == before
+
+
+def test_speed_is_told_and_the_teacher_compiled(
+    videos: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def spy(settings: Teacher, device: torch.device, compile: bool) -> object:
+        asked.append(compile)
+        return load_teacher(settings, device, compile)
+
+    monkeypatch.setattr("taehv.precompute.load_teacher", spy)
+    make_cache(videos, tmp_path / "a", compile__enable="true")
+    make_cache(videos, tmp_path / "b")
+    assert asked == [True, False]
+    speeds = re.findall(r"encoded at (\d+) frames/s", capfd.readouterr().err)
+    assert len(speeds) == 2 and all(map(int, speeds))
 
 
 def test_batch_size_may_change(videos: Path, cache: Path, copied: Path) -> None:
