@@ -76,14 +76,20 @@ def started(
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        mesh = init_device_mesh(
-            chosen.type,
-            mesh_shape(parallelism, size),
-            mesh_dim_names=("replicate", "shard"),
-        )
-        yield World(rank, size, chosen, mesh)
+        yield World(rank, size, chosen, make_mesh(chosen, parallelism, size))
     finally:
         dist.destroy_process_group()
+
+
+def make_mesh(
+    device: torch.device, parallelism: Parallelism, world_size: int
+) -> DeviceMesh:
+    """All processes, as copies of the model and those that share one (collective)."""
+    return init_device_mesh(
+        device.type,
+        mesh_shape(parallelism, world_size),
+        mesh_dim_names=("replicate", "shard"),
+    )
 
 
 def mesh_shape(parallelism: Parallelism, world_size: int) -> tuple[int, int]:

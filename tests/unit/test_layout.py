@@ -25,6 +25,7 @@ LAYERS = {
     "trainer": TRAINER,
     "convert": COMMAND,
     "precompute": COMMAND,
+    "benchmark": COMMAND,
 }
 """Everything else is a leaf."""
 

@@ -1,0 +1,80 @@
+"""The reference that speed is compared with does the same work as the trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taehv.benchmark import Size, step_flop
+from taehv.config import Loss, Optim, Parallelism
+from taehv.distributed import shard, started
+from taehv.losses import Targets
+from taehv.model import TAEHV
+from taehv.optim import AdamW, Ema
+from taehv.reference import LEARNING_RATE, PublishedStep, PublishedStream, published
+from taehv.step import TrainingStep
+from taehv.variants import VARIANTS
+
+
+def clip(model: TAEHV, frames: int) -> torch.Tensor:
+    torch.manual_seed(1)
+    size = model.variant.space_factor * 2
+    return torch.rand(1, frames, 3, size, size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_the_published_way_computes_the_same(variant: str) -> None:
+    model = TAEHV(variant).double()
+    plain = published(model)
+    frames_NTCHW = clip(model, 22 if variant == "taeh3" else 5)
+    latents_NTCHW = model.encode_video(frames_NTCHW)
+    torch.testing.assert_close(plain.encode_video(frames_NTCHW), latents_NTCHW)
+    # New weights make most of the blocks do nothing.
+    torch.manual_seed(2)
+    latents_NTCHW = torch.randn_like(latents_NTCHW)
+    for weights in plain.state_dict().values():
+        weights.add_(torch.randn_like(weights), alpha=0.02)
+    model.load_state_dict(plain.state_dict())
+    decoded_NTCHW = model.decode_video(latents_NTCHW, clamp=False)
+    torch.testing.assert_close(
+        plain.decode_video(latents_NTCHW, clamp=False), decoded_NTCHW
+    )
+    stream = PublishedStream(plain.decoder)
+    raw = [x for latent in latents_NTCHW.unbind(1) for x in stream.decode(latent)]
+    whole_NTCHW = model.decoder(latents_NTCHW)
+    torch.testing.assert_close(torch.stack(raw, 1), whole_NTCHW)
+    assert whole_NTCHW.std() > 0.05
+
+
+def test_the_published_recipe_learns_the_same() -> None:
+    """Of two steps alike but for clipping and averaging; no autocast on the CPU."""
+    torch.manual_seed(0)
+    plain = published(TAEHV("taehv")).double()
+    cpu = torch.device("cpu")
+    step = PublishedStep(plain, cpu)
+    with started(Parallelism(), "cpu") as world:
+        model = TAEHV("taehv").double()
+        model.load_state_dict(plain.state_dict())
+        roots = [model.encoder, model.decoder]
+        shard(roots, world.mesh, torch.float64, cpu_offload=False)
+        named = dict(model.named_parameters())
+        optim = Optim(max_grad_norm=0, weight_decay=0.01)
+        optimizer, ema = AdamW(named.values(), optim), Ema(named, 0.9)
+        ours = TrainingStep(model, roots, optimizer, ema, Loss(), graph=False)
+        frames_NTCHW = clip(model, 5)
+        latents_NTCHW = torch.randn(1, 2, 16, 2, 2, dtype=torch.float64)
+        for number in range(3):
+            loss = step(frames_NTCHW, latents_NTCHW)
+            targets = Targets(frames_NTCHW, latents_NTCHW)
+            found = ours([targets], number, LEARNING_RATE)
+            assert found.values[0].item() == pytest.approx(loss.item(), rel=1e-9)
+        for name, weights in plain.named_parameters():
+            torch.testing.assert_close(named[name].full_tensor(), weights)
+
+
+def test_operations_of_a_step() -> None:
+    """4.64 * 10^12 for 16 clips, as a trace of the published code counted."""
+    assert 16 * step_flop("taehv", Size(12, 128, 128)) == pytest.approx(
+        4.64e12, rel=0.01
+    )
