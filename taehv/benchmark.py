@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from taehv import measure
+from taehv.augment import Upload
+from taehv.clips import Batch
 from taehv.config import Config, Parallelism, load_config
-from taehv.data import Batch, ClipDataset, ClipLoader, Steps, Upload, build_file_lists
+from taehv.data import ClipDataset
 from taehv.distributed import (
     World,
     compile_in_place,
@@ -35,12 +37,15 @@ from taehv.distributed import (
     uses_cuda_graph,
 )
 from taehv.errors import UserError, run_command
+from taehv.files import build_file_lists
+from taehv.loader import ClipLoader
 from taehv.logging import set_up_console
 from taehv.losses import Targets
 from taehv.measure import Cost, Limits, Report
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema
 from taehv.reference import LEARNING_RATE, PublishedStep, PublishedStream, published
+from taehv.sampler import Steps
 from taehv.step import StepResult, TrainingStep
 from taehv.streaming import StreamingTAEHV
 from taehv.variants import VARIANTS

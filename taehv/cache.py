@@ -27,19 +27,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from taehv.augment import color_transform
+from taehv.clips import Batch, Clip, collate
 from taehv.config import Data
-from taehv.data import (
-    CACHED_CROP,
-    Batch,
-    Clip,
-    FileList,
-    collate,
-    color_transform,
-    draw,
-    permute,
-    worker_count,
-)
 from taehv.errors import UserError
+from taehv.files import FileList
+from taehv.loader import worker_count
+from taehv.sampler import CACHED_CROP, draw, permute
 from taehv.variants import VARIANTS, Variant
 
 log = logging.getLogger("taehv")
@@ -730,7 +724,7 @@ class CacheDataset(Dataset):
         return data.frames * area * 3 + latents * area // space**2 * 2
 
     def mapped(self, folder: str) -> CacheDataset:
-        """The same with a memory-mapped table; see taehv.data.ClipSource."""
+        """The same with a memory-mapped table; see taehv.clips.ClipSource."""
         shared = copy.copy(self)
         shared.windows = self.windows.mapped(folder)
         return shared

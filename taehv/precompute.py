@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from taehv.augment import color_transform, to_frames
 from taehv.cache import (
     Part,
     ShardError,
@@ -37,6 +38,7 @@ from taehv.cache import (
     to_jpeg,
     write_about,
 )
+from taehv.clips import Batch, Clip, collate
 from taehv.config import (
     Config,
     Data,
@@ -45,19 +47,7 @@ from taehv.config import (
     check_size,
     read_config,
 )
-from taehv.data import (
-    SAMPLER_VERSION,
-    Batch,
-    Clip,
-    ClipDataset,
-    ClipLoader,
-    build_file_lists,
-    collate,
-    color_transform,
-    relative_path,
-    to_frames,
-    validation_batches,
-)
+from taehv.data import ClipDataset, validation_batches
 from taehv.distributed import (
     StopSignal,
     World,
@@ -66,8 +56,11 @@ from taehv.distributed import (
     uses_compile,
 )
 from taehv.errors import UserError, run_command
+from taehv.files import build_file_lists, relative_path
+from taehv.loader import ClipLoader
 from taehv.logging import clock, log, set_up_console
 from taehv.losses import aligned, psnr
+from taehv.sampler import SAMPLER_VERSION
 from taehv.teacher import Teacher, check_teacher, load_teacher
 from taehv.variants import VARIANTS
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from taehv.augment import Upload
 from taehv.cache import Cache, CacheDataset, cached_batches
 from taehv.checkpoint import (
     Checkpointer,
@@ -26,18 +27,9 @@ from taehv.checkpoint import (
     read_about,
     training_state,
 )
+from taehv.clips import Batch
 from taehv.config import Config, Model, dumps
-from taehv.data import (
-    SAMPLER_VERSION,
-    Batch,
-    ClipDataset,
-    ClipLoader,
-    Steps,
-    Upload,
-    build_file_lists,
-    toss,
-    validation_batches,
-)
+from taehv.data import ClipDataset, validation_batches
 from taehv.distributed import (
     StopSignal,
     World,
@@ -52,11 +44,14 @@ from taehv.distributed import (
     uses_cuda_graph,
 )
 from taehv.errors import UserError
+from taehv.files import build_file_lists
+from taehv.loader import ClipLoader
 from taehv.logging import RunLog, clock, log, set_up_console, write_text
 from taehv.losses import Targets, judged, psnr
 from taehv.metrics import warn_of_scale
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
+from taehv.sampler import SAMPLER_VERSION, Steps, toss
 from taehv.step import StepResult, TrainingStep
 from taehv.teacher import check_teacher, load_teacher
 from taehv.validate import ValidationResult, validate

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from taehv.data import Batch, to_frames
+from taehv.augment import to_frames
+from taehv.clips import Batch
 from taehv.distributed import StopSignal, sum_over_ranks
 from taehv.losses import aligned, psnr
 from taehv.metrics import LatentReport, LatentStatistics

@@ -27,6 +27,7 @@ from numbered_video import make_video, numbers_of
 import taehv.cache
 import taehv.precompute
 from taehv import VARIANTS
+from taehv.augment import to_frames
 from taehv.cache import (
     Cache,
     CacheDataset,
@@ -38,20 +39,14 @@ from taehv.cache import (
     to_jpeg,
     write_about,
 )
+from taehv.clips import Batch, Clip, collate
 from taehv.config import Data, Teacher, read_config
-from taehv.data import (
-    Batch,
-    Clip,
-    ClipDataset,
-    ClipLoader,
-    Steps,
-    ValidationDataset,
-    build_file_lists,
-    collate,
-    to_frames,
-)
+from taehv.data import ClipDataset, ValidationDataset
 from taehv.errors import UserError
+from taehv.files import build_file_lists
+from taehv.loader import ClipLoader
 from taehv.precompute import precompute
+from taehv.sampler import Steps
 from taehv.teacher import load_teacher
 
 CPU = torch.device("cpu")

@@ -16,29 +16,16 @@ import pytest
 import torch
 from numbered_video import make_video, numbers_of
 
-import taehv.data
+import taehv.loader
+import taehv.sampler
+from taehv.augment import color_transform, to_frames
+from taehv.clips import Batch, Clip, Failure, collate
 from taehv.config import Data
-from taehv.data import (
-    Batch,
-    Clip,
-    ClipDataset,
-    ClipLoader,
-    Failure,
-    FileList,
-    Steps,
-    ValidationDataset,
-    build_file_lists,
-    check_shared_memory,
-    collate,
-    color_transform,
-    draw,
-    permute,
-    split,
-    to_frames,
-    validation_batches,
-    worker_count,
-)
+from taehv.data import ClipDataset, ValidationDataset, validation_batches
 from taehv.errors import UserError
+from taehv.files import FileList, build_file_lists, split
+from taehv.loader import ClipLoader, check_shared_memory, worker_count
+from taehv.sampler import Steps, draw, permute
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +209,7 @@ PINNED_DRAWS = [0.4169709215763757, 0.7260371657067618]
 
 def test_sampler_values_are_pinned():
     """A change here needs a new SAMPLER_VERSION."""
-    assert taehv.data.SAMPLER_VERSION == 1
+    assert taehv.sampler.SAMPLER_VERSION == 1
     assert [permute(i, 10, 7, 2) for i in range(10)] == PINNED_ORDER
     assert draw(7, 123456789, 1, 1, 2) == PINNED_DRAWS
 
@@ -376,7 +363,7 @@ def test_no_usable_file_is_told_in_one_line(tmp_path: Path, workers: int):
 def test_killed_worker_is_replaced_without_a_trace(
     videos: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(taehv.data.log, "propagate", True)
+    monkeypatch.setattr(taehv.loader.log, "propagate", True)
     expected = read_batches(loader_for(settings(videos)), 12)
     loader = loader_for(settings(videos, workers=2))
     batches = list(itertools.islice(loader, 3))
@@ -393,12 +380,12 @@ def test_killed_worker_is_replaced_without_a_trace(
 def test_hung_workers_are_replaced(
     videos: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(taehv.data.log, "propagate", True)
-    monkeypatch.setattr(taehv.data, "POLL_SECONDS", 1)
+    monkeypatch.setattr(taehv.loader.log, "propagate", True)
+    monkeypatch.setattr(taehv.loader, "POLL_SECONDS", 1)
     expected = read_batches(loader_for(settings(videos)), 6)
     loader = loader_for(settings(videos, workers=1))
     batches = [next(loader)]
-    monkeypatch.setattr(taehv.data, "TIMEOUT_SECONDS", 2)
+    monkeypatch.setattr(taehv.loader, "TIMEOUT_SECONDS", 2)
     (hung,) = active_children()
     os.kill(hung.pid, signal.SIGSTOP)
     try:
@@ -424,7 +411,7 @@ def test_loader_leaves_the_random_numbers_of_training_alone(videos: Path):
 
 def test_small_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch):
     small = SimpleNamespace(f_bavail=16, f_frsize=1 << 20)
-    monkeypatch.setattr(taehv.data.os, "statvfs", lambda path: small)
+    monkeypatch.setattr(taehv.loader.os, "statvfs", lambda path: small)
     batch = 4 * 8 * 128 * 128 * 3
     check_shared_memory(batch, prefetch=2, workers=3)
     with pytest.raises(UserError, match="16 MiB free .*--shm-size"):
@@ -439,7 +426,7 @@ def test_small_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_worker_count_shares_the_cores(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(taehv.data.os, "sched_getaffinity", lambda pid: range(32))
+    monkeypatch.setattr(taehv.loader.os, "sched_getaffinity", lambda pid: range(32))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert worker_count(-1) == 8
     assert worker_count(0) == 0
