@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+import time
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
@@ -377,22 +378,37 @@ def test_killed_worker_is_replaced_without_a_trace(
     assert not active_children()
 
 
+class HangsOnce(ClipDataset):
+    """Clips, but the first process to reach sample 16 never comes back."""
+
+    def __init__(self, data: Data, files: FileList, seed: int, mark: Path) -> None:
+        super().__init__(data, files, seed)
+        self.mark = mark
+
+    def mapped(self, folder: str) -> HangsOnce:
+        return self
+
+    def __getitems__(self, numbers: list[int]) -> list[Clip]:
+        if numbers[0] == 16 and not self.mark.exists():
+            self.mark.touch()
+            time.sleep(600)
+        return super().__getitems__(numbers)
+
+
 def test_hung_workers_are_replaced(
-    videos: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    videos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(taehv.loader.log, "propagate", True)
     monkeypatch.setattr(taehv.loader, "POLL_SECONDS", 1)
-    expected = read_batches(loader_for(settings(videos)), 6)
-    loader = loader_for(settings(videos, workers=1))
-    batches = [next(loader)]
-    monkeypatch.setattr(taehv.loader, "TIMEOUT_SECONDS", 2)
-    (hung,) = active_children()
-    os.kill(hung.pid, signal.SIGSTOP)
-    try:
-        batches += itertools.islice(loader, 5)
-    finally:
-        os.kill(hung.pid, signal.SIGKILL)
-    loader.close()
+    monkeypatch.setattr(taehv.loader, "TIMEOUT_SECONDS", 6)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 1)
+    expected = read_batches(loader_for(settings(videos)), 4)
+    data = settings(videos, workers=1)
+    source = HangsOnce(data, FileList.from_config(data), 5, tmp_path / "hung")
+    batches = read_batches(ClipLoader(source, Steps(0, 8, 8)), 4)
     assert "start anew" in caplog.text
     assert_same_clips(expected, batches)
 
