@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from taehv.errors import UserError
@@ -19,7 +20,9 @@ from taehv.variants import (
 class StreamingTAEHV:
     """Encode and decode a stream as `encode_video` and `decode_video` would the whole.
 
-    Memory does not grow with the length of the stream, and no gradients are kept.
+    Memory does not grow with the length of the stream, and no gradients are kept. The
+    frames or latents of one call are computed at once: more of them are faster, and
+    take more memory.
     Encoding and decoding are independent streams: use either or both.
 
         stream = StreamingTAEHV(model)
@@ -80,25 +83,30 @@ class StreamingTAEHV:
             ValueError: if the shape does not fit.
         """
         self.model.check_frames(frames_NTCHW)
-        for frame_N1CHW in frames_NTCHW.split(1, 1):
-            self._encode_frame(frame_N1CHW)
-        self._last_frame_N1CHW = frame_N1CHW.clone()
+        self._last_frame_N1CHW = frames_NTCHW[:, -1:].clone()
+        while frames_NTCHW.shape[1]:
+            piece_NTCHW = frames_NTCHW[:, : self._frames_to_chunk_end]
+            self._run_encoder(piece_NTCHW)
+            frames_NTCHW = frames_NTCHW[:, piece_NTCHW.shape[1] :]
         ready = len(self._latents_held) - self._dropped_latents
         return [self._latents_held.popleft() for _ in range(ready)]
 
-    def _encode_frame(self, frame_N1CHW: Tensor) -> None:
+    @property
+    def _frames_to_chunk_end(self) -> int | None:
+        """How many frames may be encoded with the memory of those before them."""
+        if self.variant.trim != "chunks":
+            return None
+        return CHUNK_FRAMES - self._frames_in % CHUNK_FRAMES
+
+    def _run_encoder(self, frames_NTCHW: Tensor) -> None:
+        x_NTCHW = self.model.fold_patches(frames_NTCHW)
         if self.variant.trim == "chunks" and self._frames_in % CHUNK_FRAMES == 0:
             self._encoder_memory = FrameMemory()
-            for _ in range(CHUNK_LEAD_FRAMES):
-                self._run_encoder(torch.zeros_like(frame_N1CHW))
-        self._run_encoder(frame_N1CHW)
-        self._frames_in += 1
-
-    def _run_encoder(self, frame_N1CHW: Tensor) -> None:
-        x_N1CHW = self.model.fold_patches(frame_N1CHW)
-        latents_NTCHW = self.model.encoder(x_N1CHW, self._encoder_memory)
+            x_NTCHW = F.pad(x_NTCHW, (0, 0, 0, 0, 0, 0, CHUNK_LEAD_FRAMES, 0))
+        latents_NTCHW = self.model.encoder(x_NTCHW, self._encoder_memory)
         if latents_NTCHW.shape[1]:
-            self._latents_held.append(latents_NTCHW)
+            self._latents_held.extend(latents_NTCHW.split(1, 1))
+        self._frames_in += frames_NTCHW.shape[1]
 
     @property
     def _dropped_latents(self) -> int:
@@ -125,22 +133,16 @@ class StreamingTAEHV:
                 f"{self.model.variant_name} trims by the count of latents; give "
                 "StreamingTAEHV total_latents= or trim="
             )
-        ready = []
-        for latents_N1CHW in latents_NTCHW.split(1, 1):
-            ready += self._decode_latent(latents_N1CHW)
-        return ready
-
-    def _decode_latent(self, latents_N1CHW: Tensor) -> list[Tensor]:
-        self._latents_in += 1
-        x_NTCHW = self.model.decoder(latents_N1CHW, self._decoder_memory)
-        for x_N1CHW in x_NTCHW.split(1, 1):
+        self._latents_in += latents_NTCHW.shape[1]
+        x_NTCHW = self.model.decoder(latents_NTCHW, self._decoder_memory)
+        frames_NTCHW = self.model.unfold_patches(x_NTCHW).clamp(0, 1)
+        for frame_N1CHW in frames_NTCHW.split(1, 1):
             if not self.variant.is_trimmed(self._raw_frames, *self._alignment):
-                self._frames_held.append((self._raw_frames, x_N1CHW))
+                self._frames_held.append((self._raw_frames, frame_N1CHW))
             self._raw_frames += 1
         ready = []
         while self._frames_held and not self._is_held_back(self._frames_held[0][0]):
-            _, x_N1CHW = self._frames_held.popleft()
-            ready.append(self.model.unfold_patches(x_N1CHW).clamp(0, 1))
+            ready.append(self._frames_held.popleft()[1])
         return ready
 
     def _is_held_back(self, frame: int) -> bool:

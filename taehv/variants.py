@@ -107,7 +107,7 @@ class Variant:
         for "parity" alone.
         """
         upscale = upscale or self.time_factor
-        if self.trim == "parity" and latents % 2 == 0:
+        if self._is_untrimmed(latents):
             return False
         if self.trim == "chunks":
             frame %= CHUNK_LATENTS * upscale
@@ -144,8 +144,25 @@ class Variant:
 
     def frames_of(self, latents: int, upscale: int | None = None) -> int:
         """Count of frames that decoding `latents` latents returns."""
-        runs = self.kept_frames(latents, upscale)
-        return sum(run.stop - run.start for run in runs)
+        upscale = upscale or self.time_factor
+        lead_in = upscale - 1
+        if self.trim == "chunks":
+            groups, last = divmod(latents - 1, CHUNK_LATENTS)
+            shown = min(last + 1, CHUNK_LATENTS - CHUNK_DROPPED_LATENTS)
+            whole = CHUNK_LATENTS * upscale - lead_in
+            return groups * whole + max(0, shown * upscale - lead_in)
+        return latents * upscale - (0 if self._is_untrimmed(latents) else lead_in)
+
+    def _is_untrimmed(self, latents: int) -> bool:
+        return self.trim == "parity" and latents % 2 == 0
+
+    def padded_frames(self, frames: int) -> int:
+        """The least count of frames that decode to `frames` or more.
+
+        Repeating the last frame up to it brings every frame back.
+        """
+        longer = itertools.count(frames)
+        return next(n for n in longer if self.frames_of(self.latents_of(n)) >= frames)
 
     def target_frames(self, frames: int) -> int:
         """How many leading input frames the decoded frames are compared with.

@@ -144,6 +144,27 @@ def test_counts_are_those_of_real_videos(untrained: TAEHV) -> None:
         assert 1 <= variant.target_frames(frames) <= decoded_NTCHW.shape[1]
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_counts_are_those_of_the_kept_frames(name: str) -> None:
+    variant = VARIANTS[name]
+    for upscale in (1, 2, variant.time_factor):
+        for latents in range(1, 24):
+            runs = variant.kept_frames(latents, upscale)
+            kept = sum(run.stop - run.start for run in runs)
+            assert variant.frames_of(latents, upscale) == kept
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_frames_padded_so_that_all_come_back(name: str) -> None:
+    variant = VARIANTS[name]
+    for frames in range(1, 60):
+        padded = variant.padded_frames(frames)
+        assert variant.target_frames(padded) >= frames
+        for fewer in range(frames, padded):
+            assert variant.target_frames(fewer) < frames
+        assert variant.padded_frames(padded) == padded
+
+
 def frames_of_latent(model: TAEHV, latent: int, latents: int) -> list[int]:
     """Which returned frames latent number `latent` of `latents` alone makes."""
     shape = (1, latents, model.variant.latent_channels, 1, 1)
