@@ -223,6 +223,9 @@ class Parallelism:
 class Compile:
     enable: bool | Literal["auto"] = "auto"
     """Compile encoder and decoder with torch.compile; auto: on GPUs only."""
+    fused: bool = True
+    """Compute linear layers in a row as one convolution of the same parameters, which
+    is faster and the same to rounding; also where nothing is compiled."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Replay the whole training step as one CUDA graph, so that the GPU never waits for
     Python; auto: with one GPU and without CPU offload."""

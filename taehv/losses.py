@@ -141,10 +141,14 @@ def judged(
 
 
 def _mean(error_NTCHW: Tensor, judged_NT: Tensor | None) -> Tensor:
-    """Mean over clips of each clip's mean over what is judged."""
+    """Mean over clips of each clip's mean over what is judged.
+
+    Taken with the channels last, so that the gradient lies in memory as frames do.
+    """
+    error_NTHWC = error_NTCHW.movedim(2, -1)
     if judged_NT is None:
-        return error_NTCHW.mean()
-    error_NT = error_NTCHW.mean((2, 3, 4)) * judged_NT
+        return error_NTHWC.mean()
+    error_NT = error_NTHWC.mean((2, 3, 4)) * judged_NT
     return (error_NT.sum(1) / judged_NT.sum(1)).mean()
 
 
@@ -227,7 +231,8 @@ def latent_scale_loss(latents_NTCHW: Tensor) -> Tensor:
     Keeps the latents of a plain autoencoder, which nothing else scales, where a
     diffusion model expects them.
     """
-    return (latents_NTCHW.square().mean((1, 2, 3, 4)) - 1).square().mean()
+    latents_NTHWC = latents_NTCHW.movedim(2, -1)
+    return (latents_NTHWC.square().mean((1, 2, 3, 4)) - 1).square().mean()
 
 
 def consistency_loss(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taehv import fused
 from taehv.errors import UserError
 from taehv.variants import (
     CHUNK_DROPPED_LATENTS,
@@ -119,6 +120,13 @@ class WideMemBlock(MemoryBlock):
 DECODER_BLOCKS = {"base": MemBlock, "super": SuperMemBlock, "wide": WideMemBlock}
 
 
+class PixelShuffle(nn.PixelShuffle):
+    """nn.PixelShuffle that keeps memory channels last."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return unfold_patches(x_BCHW, self.upscale_factor)
+
+
 class TPool(nn.Module):
     """Merge each `stride` frames in turn into one."""
 
@@ -128,8 +136,7 @@ class TPool(nn.Module):
         self.conv = nn.Conv2d(stride * channels, channels, 1, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        _, C, H, W = x_BCHW.shape
-        return self.conv(x_BCHW.reshape(-1, self.stride * C, H, W))
+        return self.conv(stack_frames(x_BCHW, self.stride))
 
 
 class TGrow(nn.Module):
@@ -141,8 +148,46 @@ class TGrow(nn.Module):
         self.conv = nn.Conv2d(channels, stride * channels, 1, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        _, C, H, W = x_BCHW.shape
-        return self.conv(x_BCHW).reshape(-1, C, H, W)
+        return unstack_frames(self.conv(x_BCHW), self.stride)
+
+
+# The functions below reshape with the channels last, so that copies, those of gradients
+# too, lie in memory as convolutions want them.
+
+
+def stack_frames(x_BCHW: Tensor, stride: int) -> Tensor:
+    """Make the channels of each `stride` frames in turn those of one."""
+    if stride == 1:
+        return x_BCHW
+    x_BSHWC = x_BCHW.movedim(1, -1).unflatten(0, (-1, stride))
+    return x_BSHWC.movedim(1, -2).flatten(-2).movedim(-1, 1)
+
+
+def unstack_frames(x_BCHW: Tensor, stride: int) -> Tensor:
+    """The inverse of `stack_frames`."""
+    if stride == 1:
+        return x_BCHW
+    x_BHWSC = x_BCHW.movedim(1, -1).unflatten(-1, (stride, -1))
+    return x_BHWSC.movedim(-2, 1).flatten(0, 1).movedim(-1, 1)
+
+
+def fold_patches(x_dCHW: Tensor, size: int) -> Tensor:
+    """Squares of pixels to channels, as F.pixel_unshuffle."""
+    if size == 1:
+        return x_dCHW
+    x_dHWC = x_dCHW.movedim(-3, -1)
+    x_dhpwqC = x_dHWC.unflatten(-2, (-1, size)).unflatten(-4, (-1, size))
+    x_dhwCpq = x_dhpwqC.movedim((-4, -2), (-2, -1))
+    return x_dhwCpq.flatten(-3).movedim(-1, -3)
+
+
+def unfold_patches(x_dCHW: Tensor, size: int) -> Tensor:
+    """Channels to squares of pixels, as F.pixel_shuffle."""
+    if size == 1:
+        return x_dCHW
+    x_dhwCpq = x_dCHW.movedim(-3, -1).unflatten(-1, (-1, size, size))
+    x_dhpwqC = x_dhwCpq.movedim((-2, -1), (-4, -2))
+    return x_dhpwqC.flatten(-3, -2).flatten(-4, -3).movedim(-1, -3)
 
 
 class FrameMemory:
@@ -153,38 +198,42 @@ class FrameMemory:
     """
 
     def __init__(self) -> None:
-        self._frames_N1CHW: dict[int, Tensor] = {}
-        self._waiting_NTCHW: dict[int, Tensor] = {}
+        self._frames_N1HWC: dict[int, Tensor] = {}
+        self._waiting_NTHWC: dict[int, Tensor] = {}
 
-    def exchange(self, block: int, x_NTCHW: Tensor) -> Tensor | None:
-        """The frame before `x_NTCHW`, None at the start; keeps its last frame."""
-        previous_N1CHW = self._frames_N1CHW.get(block)
+    def exchange(self, block: int, x_NTHWC: Tensor) -> Tensor | None:
+        """The frame before `x_NTHWC`, None at the start; keeps its last frame."""
+        previous_N1HWC = self._frames_N1HWC.get(block)
         # A view would keep all the frames alive.
-        self._frames_N1CHW[block] = x_NTCHW[:, -1:].clone()
-        return previous_N1CHW
+        self._frames_N1HWC[block] = x_NTHWC[:, -1:].clone()
+        return previous_N1HWC
 
-    def whole_groups(self, block: int, x_NTCHW: Tensor, stride: int) -> Tensor:
-        """The waiting frames and `x_NTCHW`, less a remainder that waits for more."""
-        if block in self._waiting_NTCHW:
-            x_NTCHW = torch.cat([self._waiting_NTCHW[block], x_NTCHW], 1)
-        whole = x_NTCHW.shape[1] // stride * stride
-        self._waiting_NTCHW[block] = x_NTCHW[:, whole:]
-        return x_NTCHW[:, :whole]
+    def whole_groups(self, block: int, x_NTHWC: Tensor, stride: int) -> Tensor:
+        """The waiting frames and `x_NTHWC`, less a remainder that waits for more."""
+        if block in self._waiting_NTHWC:
+            x_NTHWC = torch.cat([self._waiting_NTHWC[block], x_NTHWC], 1)
+        whole = x_NTHWC.shape[1] // stride * stride
+        self._waiting_NTHWC[block] = x_NTHWC[:, whole:]
+        return x_NTHWC[:, :whole]
 
 
-def previous_frames(x_NTCHW: Tensor, first_N1CHW: Tensor | None = None) -> Tensor:
-    """Shift by one frame; `first_N1CHW`, or zeros, comes in at the start."""
-    if first_N1CHW is None:
-        first_N1CHW = torch.zeros_like(x_NTCHW[:, :1])
-    return torch.cat([first_N1CHW, x_NTCHW[:, :-1]], 1)
+def previous_frames(x_NTHWC: Tensor, first_N1HWC: Tensor | None = None) -> Tensor:
+    """Shift by one frame; `first_N1HWC`, or zeros, comes in at the start."""
+    if first_N1HWC is None:
+        return F.pad(x_NTHWC[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+    return torch.cat([first_N1HWC, x_NTHWC[:, :-1]], 1)
 
 
 class VideoSequential(nn.Sequential):
     """Blocks applied to whole videos; every frame of a call is computed at once.
 
     Calling it, and not its blocks, is what lets FSDP2's hooks fire and torch.compile
-    see one graph.
+    see one graph. Activations lie in memory as N T H W C: every convolution finds them
+    channels last, and a shift by a frame is one of whole blocks of memory.
     """
+
+    fused = True
+    """Whether linear layers in a row are computed as one convolution."""
 
     def forward(self, x_NTCHW: Tensor, memory: FrameMemory | None = None) -> Tensor:
         """Run the blocks.
@@ -198,20 +247,61 @@ class VideoSequential(nn.Sequential):
         Returns:
             N T' C' H' W' frames.
         """
-        N = x_NTCHW.shape[0]
-        for index, block in enumerate(self):
-            if memory is not None and isinstance(block, TPool):
-                x_NTCHW = memory.whole_groups(index, x_NTCHW, block.stride)
-                if x_NTCHW.shape[1] == 0:
-                    return x_NTCHW
-            inputs_BCHW = [x_NTCHW.flatten(0, 1)]
-            if isinstance(block, MemoryBlock):
-                past_NTCHW = previous_frames(
-                    x_NTCHW, memory and memory.exchange(index, x_NTCHW)
-                )
-                inputs_BCHW.append(past_NTCHW.flatten(0, 1))
-            x_NTCHW = block(*inputs_BCHW).unflatten(0, (N, -1))
-        return x_NTCHW
+        x_NTHWC = x_NTCHW.movedim(2, -1).contiguous()
+        for index, blocks in self._stages():
+            past = []
+            if memory is not None and isinstance(blocks[0], TPool):
+                x_NTHWC = memory.whole_groups(index, x_NTHWC, blocks[0].stride)
+                if x_NTHWC.shape[1] == 0:
+                    break
+            if isinstance(blocks[0], MemoryBlock):
+                before = memory and memory.exchange(index, x_NTHWC)
+                past = [previous_frames(x_NTHWC, before)]
+            x_NTHWC = _run(blocks, x_NTHWC, *past)
+        return x_NTHWC.movedim(-1, 2)
+
+    def _stages(self) -> Iterator[tuple[int, list[nn.Module]]]:
+        """Blocks that are computed at once, with the first one's index."""
+        blocks = list(self)
+        start = 0
+        while start < len(blocks):
+            count = _fusible(blocks[start:]) if self.fused else 1
+            yield start, blocks[start : start + count]
+            start += count
+
+
+def _fusible(blocks: Sequence[nn.Module]) -> int:
+    """How many blocks, from the first on, can be one convolution."""
+    count = 3 if isinstance(blocks[0], nn.Upsample) else 2
+    *_, frames, conv = blocks[:count] if len(blocks) >= count else (None, None)
+    fits = isinstance(frames, TPool | TGrow) and isinstance(conv, nn.Conv2d)
+    return count if fits else 1
+
+
+def _run(blocks: Sequence[nn.Module], *inputs_NTHWC: Tensor) -> Tensor:
+    """Compute blocks that are fusible, or a single one with its inputs."""
+    inputs_BCHW = [x_NTHWC.flatten(0, 1).movedim(-1, 1) for x_NTHWC in inputs_NTHWC]
+    if len(blocks) > 1 and fused.pays(*inputs_BCHW, blocks[-1].weight):
+        x_BCHW = _run_fused(blocks, *inputs_BCHW)
+    else:
+        x_BCHW = blocks[0](*inputs_BCHW)
+        for block in blocks[1:]:
+            x_BCHW = block(x_BCHW)
+    return x_BCHW.movedim(1, -1).unflatten(0, (len(inputs_NTHWC[0]), -1))
+
+
+def _run_fused(blocks: Sequence[nn.Module], x_BCHW: Tensor) -> Tensor:
+    *upsample, frames, conv = blocks
+    weights = frames.conv.weight, conv.weight
+    if isinstance(frames, TPool):
+        x_BCHW = stack_frames(x_BCHW, frames.stride)
+        return fused.convolve(x_BCHW, *weights, conv.stride[0])
+    if upsample and upsample[0].scale_factor != 1:
+        x_BCHW = fused.upsample_and_convolve(x_BCHW, *weights)
+    else:
+        x_BCHW = fused.convolve(x_BCHW, *weights)
+    x_BCHW = unstack_frames(x_BCHW, frames.stride)
+    return x_BCHW if conv.bias is None else x_BCHW + conv.bias[:, None, None]
 
 
 def build_encoder(variant: Variant) -> VideoSequential:
@@ -260,7 +350,7 @@ def _super_stage(n_in: int, n_out: int, space: int, time: int) -> list[nn.Module
     return [
         conv3x3(n_in, n_out * space**2),
         nn.ReLU(),
-        nn.PixelShuffle(space),
+        PixelShuffle(space),
         TGrow(n_out, time),
     ]
 
@@ -460,6 +550,19 @@ class TAEHV(nn.Module):
         model.load_state_dict(state_dict)
         return model
 
+    @property
+    def fused(self) -> bool:
+        """Whether linear layers in a row are computed as one convolution.
+
+        On by default: the same function to rounding, of the same parameters, and
+        faster. Set it before compiling.
+        """
+        return self.encoder.fused
+
+    @fused.setter
+    def fused(self, enabled: bool) -> None:
+        self.encoder.fused = self.decoder.fused = enabled
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw new weights in place.
@@ -539,22 +642,20 @@ class TAEHV(nn.Module):
         self.check_latents(latents_NTCHW)
         runs = self.variant.kept_frames(latents_NTCHW.shape[1], self.time_upscale)
         x_NTCHW = run_blocks(self.decoder, latents_NTCHW, parallel)
-        parts = [x_NTCHW[:, run] for run in runs]
-        x_NTCHW = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        frames_NTCHW = self.unfold_patches(x_NTCHW)
+        # Cut with the channels last, so that gradients lie in memory as they do.
+        x_NTHWC = x_NTCHW.movedim(2, -1)
+        parts = [x_NTHWC[:, run] for run in runs]
+        x_NTHWC = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        frames_NTCHW = self.unfold_patches(x_NTHWC.movedim(-1, 2))
         return frames_NTCHW.clamp(0, 1) if clamp else frames_NTCHW
 
     def fold_patches(self, frames_NTCHW: Tensor) -> Tensor:
         """Frames to the encoder's input: squares of pixels become channels."""
-        if self.variant.patch_size == 1:
-            return frames_NTCHW  # pixel_unshuffle would copy
-        return F.pixel_unshuffle(frames_NTCHW, self.variant.patch_size)
+        return fold_patches(frames_NTCHW, self.variant.patch_size)
 
     def unfold_patches(self, x_NTCHW: Tensor) -> Tensor:
         """The decoder's output to frames: the inverse of `fold_patches`."""
-        if self.variant.patch_size == 1:
-            return x_NTCHW
-        return F.pixel_shuffle(x_NTCHW, self.variant.patch_size)
+        return unfold_patches(x_NTCHW, self.variant.patch_size)
 
     def check_frames(self, frames_NTCHW: Tensor) -> None:
         """Raise UserError unless `encode_video` can take the frames."""

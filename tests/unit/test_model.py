@@ -281,6 +281,7 @@ def test_compiles_to_one_graph(name: str) -> None:
     latents_NTCHW = model.encode_video(frames_NTCHW)
     decoded_NTCHW = model.decode_video(latents_NTCHW)
     keys = list(model.state_dict())
+    torch._dynamo.reset()
     for blocks in (model.encoder, model.decoder):
         blocks.compile(fullgraph=True, backend="aot_eager", dynamic=False)
     assert_same(model.encode_video(frames_NTCHW), latents_NTCHW)
