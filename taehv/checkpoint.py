@@ -1,12 +1,17 @@
-"""Sharded DCP checkpoints: save, find, load."""
+"""One sharded DCP checkpoint: what is in it, and how it is read.
+
+A checkpoint is a folder: DCP's shards and `.metadata`; `about.json`, what its weights
+are; `config.toml`, the settings they were made with; and the manifest.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
-import shutil
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +27,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from taehv.config import Checkpoint
 from taehv.errors import UserError
 from taehv.optim import AdamW, Ema
+from taehv.storage import MANIFEST, Folder, HashedFiles, verify, write_manifest
 from taehv.weights import check_tensors
 
 State = dict[str, dict[str, Tensor]]
 
 ABOUT = "about.json"
+CONFIG = "config.toml"
 METADATA = ".metadata"
-"""DCP renames this file into place last: a folder without it is incomplete."""
-
 
 UNREADABLE = (
     OSError,
@@ -83,89 +87,78 @@ class _MetadataUnpickler(pickle.Unpickler):
 class SafeReader(dcp.FileSystemReader):
     """FileSystemReader that runs no code from the checkpoint's metadata."""
 
+    def __init__(self, folder: Folder) -> None:
+        super().__init__(folder.path)
+        self.folder = folder
+        self.fs, self.path = HashedFiles(folder), folder.path
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the list of tensors and shards.
 
         Raises:
             UserError: the file is damaged, or is not a checkpoint's metadata.
         """
-        path = Path(self.path) / METADATA
+        name = f"{self.folder}/{METADATA}"
         try:
-            with path.open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
+            metadata = _MetadataUnpickler(io.BytesIO(self.folder.read(METADATA))).load()
         except UNREADABLE as error:
             raise UserError(
-                f"{path} is not a checkpoint's metadata ({_reason(error)}): "
+                f"{name} is not a checkpoint's metadata ({reason(error)}): "
                 "delete its folder to take the checkpoint before it"
             ) from None
         if not isinstance(metadata, Metadata):
-            raise UserError(f"{path} is not a checkpoint's metadata")
+            raise UserError(f"{name} is not a checkpoint's metadata")
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
 
-def step_folder(checkpoints: Path, step: int) -> Path:
+def step_folder(checkpoints: Folder, step: int) -> Folder:
     """Where the checkpoint of a step lies in a run's folder of checkpoints."""
     return checkpoints / f"step-{step}"
 
 
-def complete_steps(checkpoints: Path) -> list[int]:
+def steps_in(checkpoints: Folder) -> list[int]:
+    """The steps that have a folder there, complete or not, in order."""
+    found = [re.fullmatch(r"step-(\d{1,18})", name) for name in checkpoints.names()]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def complete_steps(checkpoints: Folder) -> list[int]:
     """The steps that have a complete checkpoint, oldest first."""
-    found = checkpoints.glob(f"step-*/{METADATA}")
-    numbers = (path.parent.name.removeprefix("step-") for path in found)
-    return sorted(int(number) for number in numbers if number.isdigit())
+    return [
+        s for s in steps_in(checkpoints) if step_folder(checkpoints, s).has(MANIFEST)
+    ]
 
 
-class Checkpointer:
-    """The checkpoints of one run: FOLDER/step-N, each written by all processes."""
+def load(folder: Folder, state: State, optional: Collection[str] = ()) -> set[str]:
+    """Fill the tensors of a state from a checkpoint (a collective).
 
-    def __init__(self, folder: Path, settings: Checkpoint) -> None:
-        self.folder = folder
-        self.keep = settings.keep
+    Args:
+        folder: a checkpoint whose bytes are verified.
+        state: see training_state.
+        optional: groups that are left as they are, whole, on all processes, where any
+            of their tensors is missing or of another shape.
 
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
-        return step_folder(self.folder, step)
+    Returns:
+        The groups that are filled.
 
-    def steps(self) -> list[int]:
-        """The steps that have a complete checkpoint, oldest first."""
-        return complete_steps(self.folder)
-
-    def save(self, step: int, state: State, about: dict[str, str]) -> Path:
-        """Write the state of a step (a collective), then drop the oldest ones.
-
-        Args:
-            step: names the folder.
-            state: see training_state.
-            about: what the weights are, kept beside them as about.json.
-        """
-        path = self.path(step)
-        if dist.get_rank() == 0:
-            # Shards that an interrupted save left behind would be taken along.
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-            write_about(path, about)
-        dist.barrier()
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(path))
-        if dist.get_rank() == 0 and self.keep:
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old), ignore_errors=True)
-        return path
-
-    def load(self, step: int, state: State) -> None:
-        """Fill the tensors of the state from the checkpoint of a step (a collective).
-
-        Raises:
-            UserError: the checkpoint is damaged, or belongs to another model.
-        """
-        reader = SafeReader(self.path(step))
-        _check_fit(self.path(step), reader.read_metadata(), state)
-        _read(state, reader, no_dist=False)
-
-
-def write_about(folder: Path, about: dict[str, str]) -> None:
-    """Note beside a checkpoint what its weights are."""
-    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    Raises:
+        UserError: the checkpoint is damaged, or belongs to another model.
+    """
+    reader = SafeReader(folder)
+    metadata = reader.read_metadata()
+    left = {group for group in optional if _misfits(metadata, {group: state[group]})}
+    told: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(told, left)
+    filled = {group: t for group, t in state.items() if group not in set().union(*told)}
+    for name, size, stored in _misfits(metadata, filled):
+        raise UserError(
+            f"{folder} does not fit this run: it has {name} as "
+            f"{list(stored) if stored is not None else 'nothing'} and not as "
+            f"{list(size)}; take the settings it was made with, or another --job.name"
+        )
+    _read(filled, reader, no_dist=False)
+    return set(filled)
 
 
 def load_weights(
@@ -185,8 +178,10 @@ def load_weights(
     Raises:
         UserError: it is damaged, or holds no such weights.
     """
-    folder = checkpoint_in(folder)
-    reader = SafeReader(folder)
+    source = checkpoint_in(Folder(folder))
+    if source.has(MANIFEST):  # a checkpoint of another program has none
+        verify(source)
+    reader = SafeReader(source)
     stored = reader.read_metadata().state_dict_metadata
     if group is None:
         group = "ema" if any(key.startswith("ema.") for key in stored) else "model"
@@ -197,49 +192,70 @@ def load_weights(
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     if not weights:
-        raise UserError(f"{folder} holds no {group} weights")
+        raise UserError(f"{source} holds no {group} weights")
     _read({group: weights}, reader, no_dist=True)
-    check_tensors(folder, weights)
-    return weights, read_about(folder)
+    check_tensors(Path(str(source)), weights)
+    return weights, read_about(source)
 
 
-def checkpoint_in(folder: Path) -> Path:
+def checkpoint_in(folder: Folder) -> Folder:
     """The checkpoint that a folder is, or the newest one of the run that it is.
 
     Raises:
         UserError: there is none.
     """
-    if (folder / METADATA).exists():
+    if folder.has(METADATA):
         return folder
-    steps = complete_steps(folder / "checkpoints")
-    if not steps:
-        raise UserError(
-            f"{folder} has no complete checkpoint: give a run's folder "
-            "(outputs/NAME) or a checkpoint's (outputs/NAME/checkpoints/step-N)"
-        )
-    return step_folder(folder / "checkpoints", steps[-1])
+    for checkpoints in (folder / "checkpoints", folder):
+        if steps := complete_steps(checkpoints):
+            return step_folder(checkpoints, steps[-1])
+    raise UserError(
+        f"{folder} has no complete checkpoint: give a run's folder "
+        "(outputs/NAME) or a checkpoint's (outputs/NAME/checkpoints/step-N)"
+    )
 
 
 def save_weights_only(
     folder: Path, weights: dict[str, Tensor], about: dict[str, str]
 ) -> None:
     """Write a checkpoint of weights alone, from which a training can start."""
+    target = Folder(folder)
+    writer, disk = dcp_writer(target)
     with _quiet():
-        writer = dcp.FileSystemWriter(folder)
         dcp.save({"model": weights}, storage_writer=writer, no_dist=True)
-    write_about(folder, about)
+    finish(target, disk.entries, {ABOUT: json.dumps(about, indent=1)})
 
 
-def read_about(folder: Path) -> dict[str, str]:
+def dcp_writer(folder: Folder) -> tuple[dcp.FileSystemWriter, HashedFiles]:
+    """What DCP writes a checkpoint with, and what notes the files that it wrote."""
+    # Copying ahead would use the GPU, from a thread that is not at home on it; and
+    # what DCP does to sync differs from version to version.
+    writer = dcp.FileSystemWriter(
+        folder.path, sync_files=False, per_thread_copy_ahead=0
+    )
+    writer.fs, writer.path = HashedFiles(folder), folder.path
+    return writer, writer.fs
+
+
+def finish(
+    folder: Folder, entries: dict[str, dict[str, Any]], texts: dict[str, str]
+) -> None:
+    """Add files of text to what DCP wrote, and declare the checkpoint complete."""
+    for name, text in texts.items():
+        entries[name] = folder.write(name, text.encode())
+    write_manifest(folder, entries)
+
+
+def read_about(folder: Folder) -> dict[str, str]:
     """What the weights of a checkpoint are; empty where nothing says it."""
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = json.loads(folder.read(ABOUT))
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UserError(f"{folder / ABOUT} is damaged ({error})") from None
+        raise UserError(f"{folder}/{ABOUT} is damaged ({error})") from None
     if not isinstance(about, dict):
-        raise UserError(f"{folder / ABOUT} is damaged: it holds no table")
+        raise UserError(f"{folder}/{ABOUT} is damaged: it holds no table")
     return {str(key): str(value) for key, value in about.items()}
 
 
@@ -250,13 +266,13 @@ def _read(state: State, reader: SafeReader, no_dist: bool) -> None:
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise UserError(
-            f"{reader.path} is damaged ({_reason(cause)}): delete that folder, and "
+            f"{reader.folder} is damaged ({reason(cause)}): delete that folder, and "
             "take the checkpoint before it"
         ) from None
 
 
-def _reason(error: BaseException) -> str:
-    """In one line; pickle's own words are many, and advise to run what is there."""
+def reason(error: BaseException) -> str:
+    """An error in one line: pickle's own words are many, and advise to run the file."""
     tells = isinstance(error, OSError | UserError)
     return str(error) if tells else type(error).__name__
 
@@ -269,7 +285,11 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _check_fit(path: Path, metadata: Metadata, state: State) -> None:
+def _misfits(
+    metadata: Metadata, state: State
+) -> list[tuple[str, torch.Size, torch.Size | None]]:
+    """Name, size and stored size of the tensors that a checkpoint cannot fill."""
+    found = []
     for group, tensors in state.items():
         for name, tensor in tensors.items():
             stored = metadata.state_dict_metadata.get(f"{group}.{name}")
@@ -277,30 +297,55 @@ def _check_fit(path: Path, metadata: Metadata, state: State) -> None:
             is_tensor = isinstance(stored, TensorStorageMetadata)
             size = stored.size if is_tensor else None
             if size != tensor.size():
-                raise UserError(
-                    f"{path} does not fit this run: it has {group}.{name} as "
-                    f"{list(size) if size else 'nothing'} and not as "
-                    f"{list(tensor.size())}; take the settings it was made with, or "
-                    "another --job.name"
-                )
+                found.append((f"{group}.{name}", tensor.size(), size))
+    return found
 
 
 def training_state(
-    model: nn.Module, ema: Ema, optimizer: AdamW, counts: dict[str, int]
+    model: nn.Module,
+    ema: Ema,
+    optimizer: AdamW,
+    counts: dict[str, int | float],
+    **groups: dict[str, Tensor],
 ) -> State:
     """Everything a run goes on from, as tensors that a load fills in place.
 
-    Tensors only: DCP would pickle anything else.
+    Tensors only: DCP would pickle anything else. What the schedules and the data need
+    are pure functions of the counts.
+
+    Args:
+        model: its parameters are saved.
+        ema: its averages are.
+        optimizer: of the model.
+        counts: numbers, kept exactly.
+        groups: of further components, each the tensors that it goes on from, by names
+            of its own (see optimizer_state); they have the same names and shapes at
+            every save. A tensor that is not sharded is taken to be equal on all
+            processes, of which one writes it: where it is not, put the rank into its
+            name. `load` says which groups may be missing.
     """
     parameters = dict(model.named_parameters())
     return {
         "model": {name: value.detach() for name, value in parameters.items()},
         "ema": dict(ema.weights),
-        "optimizer": {
-            f"{name}.{key}": value
-            for name, parameter in parameters.items()
-            if parameter in optimizer.state
-            for key, value in optimizer.state[parameter].items()
+        "optimizer": optimizer_state(parameters, optimizer),
+        "counts": {
+            name: torch.tensor(
+                value, dtype=torch.int64 if isinstance(value, int) else torch.float64
+            )
+            for name, value in counts.items()
         },
-        "counts": {key: torch.tensor(value) for key, value in counts.items()},
+        **groups,
+    }
+
+
+def optimizer_state(
+    parameters: Mapping[str, nn.Parameter], optimizer: AdamW
+) -> dict[str, Tensor]:
+    """The group of an optimizer's state, by the names of its parameters."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in parameters.items()
+        if parameter in optimizer.state
+        for key, value in optimizer.state[parameter].items()
     }

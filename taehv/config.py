@@ -235,8 +235,20 @@ class Compile:
 class Checkpoint:
     interval: int = 500
     """Steps between two checkpoints; the last step always has one."""
+    folder: str = ""
+    """Where the checkpoints lie, a folder or a URL that fsspec knows (s3://bucket/run,
+    with s3fs installed), of this run alone; empty: checkpoints in the run's folder."""
+    asynchronous: bool = True
+    """Write checkpoints in the background while training goes on; false waits."""
     keep: int = 3
     """How many of the newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps that this number divides are kept for good; 0 is off."""
+    max_failures: int = 3
+    """Saves in a row that fail after which the run stops; each is told, and tried again
+    at the next interval."""
+    time_limit: int = 600
+    """Seconds after which a save that is not done counts as failed."""
     resume: bool = True
     """Go on from the newest complete checkpoint in the run's folder, if any."""
 
@@ -310,6 +322,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "parallelism.shard_size": (0, math.inf),
     "checkpoint.interval": (1, math.inf),
     "checkpoint.keep": (0, math.inf),
+    "checkpoint.keep_every": (0, math.inf),
+    "checkpoint.max_failures": (1, math.inf),
+    "checkpoint.time_limit": (1, 10**6),
     "validation.interval": (1, math.inf),
     "validation.clips": (0, math.inf),
     "logging.interval": (1, math.inf),

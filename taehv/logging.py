@@ -114,6 +114,11 @@ class RunLog:
             left *= self.steps - step
             log.info(f"step {step}/{self.steps} | {line} | {clock(left)} left")
 
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Show in TensorBoard what differs between equal runs."""
+        for name, value in values.items():
+            self.board.add_scalar(_tag(name), value, step)
+
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Note the result of a validation."""
         record = {"step": step, **values}

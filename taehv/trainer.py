@@ -21,12 +21,8 @@ from torch import Tensor
 
 from taehv.augment import Upload
 from taehv.cache import Cache, CacheDataset, cached_batches
-from taehv.checkpoint import (
-    Checkpointer,
-    load_weights,
-    read_about,
-    training_state,
-)
+from taehv.checkpoint import load, load_weights, read_about, training_state
+from taehv.checkpointer import Checkpointer, Saved, texts_beside
 from taehv.clips import Batch
 from taehv.config import Config, Model, dumps
 from taehv.data import ClipDataset, validation_batches
@@ -53,6 +49,7 @@ from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
 from taehv.sampler import SAMPLER_VERSION, Steps, toss
 from taehv.step import StepResult, TrainingStep
+from taehv.storage import Folder
 from taehv.teacher import check_teacher, load_teacher
 from taehv.validate import ValidationResult, validate
 from taehv.video import write_mp4
@@ -74,7 +71,9 @@ def train(config: Config) -> None:
     with started(config.parallelism, config.training.device) as world:
         set_up_console(world.rank)
         with StopSignal() as stop:
-            Trainer(config, world, stop).run()
+            trainer = Trainer(config, world, stop)
+            with trainer.checkpointer:
+                trainer.run()
 
 
 def initial_model(settings: Model, resumes: bool) -> TAEHV:
@@ -145,19 +144,17 @@ class Trainer:
         self.bad_clips = 0
         self.bad_files: set[str] = set()
         self._find_clips()
-        self.checkpointer = Checkpointer(self.folder / "checkpoints", config.checkpoint)
-        newest = max(self.checkpointer.steps(), default=None)
-        check_agreement(
-            {
-                "list of training files": self._clips_hash(),
-                "newest checkpoint": -1 if newest is None else newest,
-            }
+        check_agreement({"list of training files": self._clips_hash()})
+        self.checkpointer = Checkpointer(
+            Folder(config.checkpoint.folder or self.folder / "checkpoints"),
+            config.checkpoint,
+            self._tell_saved,
         )
-        self._build_model(resumes=newest is not None)
+        origin = self.checkpointer.find()
+        self._build_model(resumes=origin is not None)
         self._build_teacher()
-        if newest is not None:
-            self._resume(newest)
-        self.saved_step = newest
+        if origin is not None:
+            self._resume(origin)
         self.log = self._open_log() if world.is_main else None
 
     # --- composition ---------------------------------------------------------------
@@ -298,22 +295,22 @@ class Trainer:
     def _clips_hash(self) -> int:
         return int(self.fingerprint[:15], 16)
 
-    def _resume(self, step: int) -> None:
+    def _resume(self, origin: Folder) -> None:
         if not self.config.checkpoint.resume:
             raise UserError(
-                f"{self.folder} holds checkpoints of an earlier run and "
+                f"{self.checkpointer.folder} holds checkpoints of an earlier run and "
                 "checkpoint.resume is false: choose another --job.name, or delete them"
             )
         state = self._state()
         expected = {key: value.item() for key, value in state["counts"].items()}
         variant = self.config.model.variant
-        made_as = read_about(self.checkpointer.path(step)).get("variant", variant)
+        made_as = read_about(origin).get("variant", variant)
         if made_as != variant:
             raise UserError(
-                f"{self.checkpointer.path(step)} is of model.variant {made_as}, not "
+                f"{origin} is of model.variant {made_as}, not "
                 f"{variant}: take that, or choose another --job.name"
             )
-        self.checkpointer.load(step, state)
+        load(origin, state)
         loaded = {key: int(value) for key, value in state["counts"].items()}
         cures = {
             "seed": "training.seed",
@@ -324,15 +321,20 @@ class Trainer:
         for key, name in cures.items():
             if loaded[key] != expected[key]:
                 raise UserError(
-                    f"cannot go on from {self.checkpointer.path(step)}: {name} "
+                    f"cannot go on from {origin}: {name} "
                     "has changed since; take it back, or choose another --job.name"
                 )
         self.counts = Counts(loaded["step"], loaded["samples"], loaded["skipped"])
-        log.info(f"resuming from {self.checkpointer.path(step)}")
+        log.info(f"resuming from {origin}")
 
     def _save(self) -> None:
-        self.saved_step = self.counts.step
-        self.checkpointer.save(self.counts.step, self._state(), self._about())
+        texts = texts_beside(self._about(), dumps(self.config))
+        self.checkpointer.save(self.counts.step, self._state(), texts)
+
+    def _tell_saved(self, saved: Saved) -> None:
+        if self.log is not None:
+            speed = {"save_blocked_ms": saved.blocked_ms, "save_seconds": saved.seconds}
+            self.log.scalars(saved.step, speed)
 
     # --- the loop ------------------------------------------------------------------
 
@@ -346,6 +348,7 @@ class Trainer:
         try:
             while self.counts.step < steps and not self.stop.agreed():
                 self._step(loader)
+                self.checkpointer.poll()
                 last = self.counts.step == steps
                 # Saved first: a validation that fails or is killed costs itself.
                 if last or self.counts.step % config.checkpoint.interval == 0:
@@ -576,9 +579,11 @@ class Trainer:
         write_mp4(samples / f"step-{step}.mp4", looped, SAMPLE_RATE)
 
     def _finish(self) -> None:
-        """Save if the last step is not saved, export the weights, sum up."""
-        if self.saved_step != self.counts.step:
+        """See that the last step is saved, export the weights, sum up."""
+        self.checkpointer.wait()
+        while self.checkpointer.saved_step != self.counts.step:
             self._save()
+            self.checkpointer.wait()
         bad_clips = int(sum_over_ranks(torch.tensor(self.bad_clips)))
         weights = self._whole_ema()
         if self.log is None:

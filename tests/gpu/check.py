@@ -190,7 +190,7 @@ class Check:
         config = ("--config", str(ROOT / "train_configs/taehv.toml"))
         folder = self.output / form.name
         process = self.start(form, *config)
-        wait_for(folder / f"checkpoints/step-{KILL_AFTER}/.metadata", process)
+        wait_for(folder / f"checkpoints/step-{KILL_AFTER}/manifest.json", process)
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

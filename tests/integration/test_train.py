@@ -139,7 +139,7 @@ def test_stop_signal_saves_and_the_same_command_goes_on(
     output = process.end(seconds=60)
     stopped = len(run.metrics())
     assert 3 <= stopped < 10 and f"stopped at step {stopped}" in output
-    assert (run.folder / f"checkpoints/step-{stopped}/.metadata").exists()
+    assert (run.folder / f"checkpoints/step-{stopped}/manifest.json").exists()
     run.finish()
     assert run.metrics() == reference.metrics()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
@@ -21,20 +21,21 @@ from torch.distributed.checkpoint.metadata import (
 
 from taehv.checkpoint import (
     METADATA,
-    Checkpointer,
     SafeReader,
+    State,
     complete_steps,
+    load,
     load_weights,
     save_weights_only,
     training_state,
-    write_about,
 )
+from taehv.checkpointer import Checkpointer, texts_beside
 from taehv.config import Checkpoint, Optim, Parallelism
 from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.optim import AdamW, Ema
+from taehv.storage import MANIFEST, Folder, write_manifest
 
-State = dict[str, dict[str, Tensor]]
 ABOUT = {"variant": "taehv", "step": "3"}
 
 
@@ -59,12 +60,32 @@ def state_of(seed: int, inputs: int = 3, **counts: int) -> State:
     return training_state(model, ema, optimizer, counts or {"step": seed})
 
 
-def saved(folder: Path, *steps: int, keep: int = 0) -> Checkpointer:
+def saved(folder: Path | str, *steps: int, **settings: int) -> Checkpointer:
     """Checkpoints of these steps, the state of each having the step as its seed."""
-    checkpointer = Checkpointer(folder, Checkpoint(keep=keep))
+    checkpointer = Checkpointer(Folder(folder), Checkpoint(**{"keep": 0, **settings}))
     for step in steps:
-        checkpointer.save(step, state_of(step), ABOUT)
+        save(checkpointer, step, state_of(step))
     return checkpointer
+
+
+def save(checkpointer: Checkpointer, step: int, state: State) -> None:
+    """Save and wait."""
+    checkpointer.save(step, state, texts_beside(ABOUT, "[job]"))
+    checkpointer.wait()
+
+
+def path_of(checkpointer: Checkpointer, step: int) -> Path:
+    """Where a checkpoint lies, on this machine."""
+    return Path(checkpointer.path(step).path)
+
+
+def sign(path: Path) -> None:
+    """Make the manifest say that the files are as they should be."""
+    folder = Folder(path)
+    names = set(folder.names()) - {MANIFEST}
+    write_manifest(
+        folder, {name: folder.write(name, folder.read(name)) for name in names}
+    )
 
 
 def assert_equal(given: State, expected: State) -> None:
@@ -79,8 +100,8 @@ def refusals(checkpointer: Checkpointer, step: int) -> list[str]:
     """What both ways to read a checkpoint refuse it with, each in one line."""
     told = []
     for read in (
-        lambda: checkpointer.load(step, state_of(0)),
-        lambda: load_weights(checkpointer.path(step)),
+        lambda: load(checkpointer.path(step), state_of(0)),
+        lambda: load_weights(path_of(checkpointer, step)),
     ):
         with pytest.raises(UserError) as raised:
             read()
@@ -97,7 +118,7 @@ def test_a_state_is_filled_in_place(tmp_path: Path) -> None:
     checkpointer = saved(tmp_path, 7)
     state = state_of(1)
     before = {(g, n): t.data_ptr() for g in state for n, t in state[g].items()}
-    checkpointer.load(7, state)
+    load(checkpointer.path(7), state)
     assert_equal(state, state_of(7))
     after = {(g, n): t.data_ptr() for g in state for n, t in state[g].items()}
     assert after == before
@@ -118,7 +139,7 @@ def test_the_reader_reads_what_dcp_wrote(tmp_path: Path) -> None:
     numbers = {f"{dtype}": torch.arange(6).to(dtype) for dtype in DTYPES}
     dcp.save({"model": numbers}, storage_writer=dcp.FileSystemWriter(tmp_path))
     empty = {name: torch.zeros_like(value) for name, value in numbers.items()}
-    dcp.load({"model": empty}, storage_reader=SafeReader(tmp_path))
+    dcp.load({"model": empty}, storage_reader=SafeReader(Folder(tmp_path)))
     assert_equal({"model": empty}, {"model": numbers})
 
 
@@ -126,7 +147,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 
 
 def test_weights_alone(tmp_path: Path) -> None:
-    path = saved(tmp_path, 7).path(7)
+    path = path_of(saved(tmp_path, 7), 7)
     for group, chosen in ((None, "ema"), ("ema", "ema"), ("model", "model")):
         weights, about = load_weights(path, group)
         assert_equal({"": weights}, {"": state_of(7)[chosen]})
@@ -144,12 +165,13 @@ def test_weights_without_a_training(tmp_path: Path) -> None:
 
 
 def test_about_may_be_missing_but_not_damaged(tmp_path: Path) -> None:
-    path = saved(tmp_path, 7).path(7)
-    (path / "about.json").unlink()
-    assert load_weights(path)[1] == {}
-    write_about(path, ABOUT)
+    path = path_of(saved(tmp_path, 7), 7)
     text = (path / "about.json").read_text()
+    (path / "about.json").unlink()
+    sign(path)
+    assert load_weights(path)[1] == {}
     (path / "about.json").write_text(text[:-3])
+    sign(path)
     with pytest.raises(UserError, match=r"about\.json is damaged"):
         load_weights(path)
 
@@ -170,30 +192,33 @@ def test_the_newest_are_kept(tmp_path: Path, keep: int, kept: list[int]) -> None
 
 def test_an_incomplete_checkpoint_is_none(tmp_path: Path) -> None:
     checkpointer = saved(tmp_path, 1, 2, 3)
-    (checkpointer.path(3) / METADATA).unlink()
+    (path_of(checkpointer, 3) / MANIFEST).unlink()
     for name in ("step-x", "step-", "other"):
-        shutil.copytree(checkpointer.path(1), tmp_path / name)
-    assert complete_steps(tmp_path) == checkpointer.steps() == [1, 2]
-    assert complete_steps(tmp_path / "nowhere") == []
+        shutil.copytree(path_of(checkpointer, 1), tmp_path / name)
+    assert complete_steps(Folder(tmp_path)) == checkpointer.steps() == [1, 2]
+    assert complete_steps(Folder(tmp_path / "nowhere")) == []
 
 
 def test_an_incomplete_checkpoint_counts_for_nothing_in_keep(tmp_path: Path) -> None:
-    checkpointer = saved(tmp_path, 1, 2)
-    checkpointer.keep = 2
+    saved(tmp_path, 1, 2)
     (tmp_path / "step-3").mkdir()
-    checkpointer.save(4, state_of(4), ABOUT)
-    assert checkpointer.steps() == [2, 4]
+    (tmp_path / "step-5").mkdir()
+    (tmp_path / "else").mkdir()
+    assert saved(tmp_path, 4, keep=2).steps() == [2, 4]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"step-2", "step-4", "step-5", "else"}
 
 
 def test_stray_shards_do_not_enter_a_later_save(tmp_path: Path) -> None:
     checkpointer = saved(tmp_path, 3)
-    path = checkpointer.path(3)
-    (path / METADATA).unlink()
+    path = path_of(checkpointer, 3)
+    (path / MANIFEST).unlink()
     (path / "__7_0.distcp").write_bytes(b"of an interrupted save of more processes")
-    checkpointer.save(3, state_of(4), ABOUT)
-    assert {p.name for p in path.iterdir()} == {METADATA, "about.json", "__0_0.distcp"}
+    save(checkpointer, 3, state_of(4))
+    texts = {MANIFEST, "about.json", "config.toml"}
+    assert {p.name for p in path.iterdir()} == {METADATA, "__0_0.distcp", *texts}
     state = state_of(0)
-    checkpointer.load(3, state)
+    load(checkpointer.path(3), state)
     assert_equal(state, state_of(4))
 
 
@@ -202,10 +227,11 @@ def test_stray_shards_do_not_enter_a_later_save(tmp_path: Path) -> None:
 
 def test_cut_metadata(tmp_path: Path) -> None:
     checkpointer = saved(tmp_path, 3)
-    path = checkpointer.path(3) / METADATA
+    path = path_of(checkpointer, 3) / METADATA
     whole = path.read_bytes()
     for length in (0, 1, 2, 11, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
+        sign(path.parent)
         for told in refusals(checkpointer, 3):
             assert f"{path} is not a checkpoint's metadata" in told
 
@@ -230,42 +256,45 @@ def test_cut_metadata(tmp_path: Path) -> None:
 )
 def test_something_else_for_metadata(tmp_path: Path, content: bytes) -> None:
     checkpointer = saved(tmp_path, 3)
-    (checkpointer.path(3) / METADATA).write_bytes(content)
+    (path_of(checkpointer, 3) / METADATA).write_bytes(content)
+    sign(path_of(checkpointer, 3))
     for told in refusals(checkpointer, 3):
         assert "is not a checkpoint's metadata" in told
 
 
 def test_missing_metadata(tmp_path: Path) -> None:
     checkpointer = saved(tmp_path, 3)
-    (checkpointer.path(3) / METADATA).unlink()
+    (path_of(checkpointer, 3) / METADATA).unlink()
     resumed, read = refusals(checkpointer, 3)
     assert "No such file" in resumed and "no complete checkpoint" in read
 
 
 def test_a_cut_missing_or_overwritten_shard(tmp_path: Path) -> None:
     checkpointer = saved(tmp_path, 3)
-    shard = checkpointer.path(3) / "__0_0.distcp"
+    shard = path_of(checkpointer, 3) / "__0_0.distcp"
     whole = shard.read_bytes()
     for content in (b"", whole[:100], b"x" * len(whole)):
         shard.write_bytes(content)
+        sign(shard.parent)
         for told in refusals(checkpointer, 3):
             assert "delete that folder, and take the checkpoint before it" in told
     shard.write_bytes(whole[: len(whole) * 9 // 10])
     with pytest.raises(UserError, match="is damaged"):
-        checkpointer.load(3, state_of(0))
+        load(checkpointer.path(3), state_of(0))
     shard.unlink()
+    sign(shard.parent)
     assert all("__0_0.distcp" in told for told in refusals(checkpointer, 3))
 
 
 def test_another_models_checkpoint(tmp_path: Path) -> None:
     checkpointer = saved(tmp_path, 3)
     with pytest.raises(UserError) as raised:
-        checkpointer.load(3, state_of(0, inputs=4))
+        load(checkpointer.path(3), state_of(0, inputs=4))
     told = str(raised.value)
     assert "it has model.weight as [2, 3] and not as [2, 4]" in told
     assert "another --job.name" in told and "\n" not in told
     with pytest.raises(UserError, match=r"counts\.files as nothing and not as \[\]"):
-        checkpointer.load(3, state_of(0, step=1, files=2))
+        load(checkpointer.path(3), state_of(0, step=1, files=2))
 
 
 # Malice
@@ -317,7 +346,8 @@ def test_hostile_metadata_is_not_run(tmp_path: Path, protocol: int | str) -> Non
         if isinstance(protocol, int)
         else by_dotted_name(command)
     )
-    (checkpointer.path(3) / METADATA).write_bytes(hostile)
+    (path_of(checkpointer, 3) / METADATA).write_bytes(hostile)
+    sign(path_of(checkpointer, 3))
     for told in refusals(checkpointer, 3):
         assert "system' does not belong there" in told
     assert not marker.exists()
@@ -338,7 +368,8 @@ def test_hostile_metadata_is_not_run(tmp_path: Path, protocol: int | str) -> Non
 def test_other_names_are_refused(tmp_path: Path, module: str, name: str) -> None:
     checkpointer = saved(tmp_path, 3)
     hostile = named(module, name) + pickle.STOP
-    (checkpointer.path(3) / METADATA).write_bytes(hostile)
+    (path_of(checkpointer, 3) / METADATA).write_bytes(hostile)
+    sign(path_of(checkpointer, 3))
     for told in refusals(checkpointer, 3):
         assert "does not belong there" in told
 
@@ -358,15 +389,16 @@ def disguise_as_bytes(path: Path, key: str, payload: bytes) -> None:
     metadata.storage_data[MetadataIndex(key)] = info
     (path / "payload").write_bytes(payload)
     (path / METADATA).write_bytes(pickle.dumps(metadata))
+    sign(path)
 
 
 def test_bytes_in_the_place_of_a_tensor_are_not_run(tmp_path: Path) -> None:
     checkpointer, marker = saved(tmp_path, 3), tmp_path / "marker"
     payload = io.BytesIO()
     torch.save(Command(f"touch {marker}"), payload)
-    path = checkpointer.path(3)
+    path = path_of(checkpointer, 3)
     disguise_as_bytes(path, "model.weight", payload.getvalue())
     with pytest.raises(UserError, match=r"it has model\.weight as nothing"):
-        checkpointer.load(3, state_of(0))
+        load(checkpointer.path(3), state_of(0))
     assert set(load_weights(path, "model")[0]) == {"bias"}
     assert not marker.exists()

@@ -21,6 +21,7 @@ LAYERS = {
     "distributed": COMPONENT,
     "step": COMPONENT,
     "checkpoint": COMPONENT,
+    "checkpointer": COMPONENT,
     "validate": COMPONENT,
     "trainer": TRAINER,
     "convert": COMMAND,

@@ -1,0 +1,389 @@
+"""The checkpoints of a run: written beside the training, kept, and found again."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from taehv.checkpoint import (
+    ABOUT,
+    CONFIG,
+    State,
+    complete_steps,
+    dcp_writer,
+    finish,
+    step_folder,
+    steps_in,
+)
+from taehv.config import Checkpoint
+from taehv.distributed import check_agreement
+from taehv.errors import UserError
+from taehv.optim import local
+from taehv.storage import Damaged, Folder, verify
+
+log = logging.getLogger("taehv")
+T = TypeVar("T")
+
+LONG_WAIT = 1.0
+"""Seconds that a save may hold up the training without a warning."""
+
+
+class SaveFailed(Exception):
+    """A save that could not be done, on whichever process."""
+
+
+FAILURES = (SaveFailed, CheckpointException, RuntimeError)
+"""What costs a save; gloo raises RuntimeError where a process is late or gone."""
+
+
+@dataclass
+class Saved:
+    """A checkpoint that is complete."""
+
+    step: int
+    blocked_ms: float
+    """How long the training stood still for it on this process."""
+    seconds: float
+    """From its beginning until it was complete."""
+
+
+@dataclass
+class _Pending:
+    """A save in the background."""
+
+    step: int
+    done: concurrent.futures.Future[None] = field(repr=False)
+    begun: float
+    blocked: float = 0.0
+    """Seconds."""
+
+
+class _Staging:
+    """A copy of the state in this process's memory, which training does not change.
+
+    It is made in the order of the device's work, so that nothing waits for it but
+    what comes later on the device; the memory is pinned, and used again every time.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = {
+            group: {
+                name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                for name, value in tensors.items()
+            }
+            for group, tensors in state.items()
+        }
+        self._copied: torch.cuda.Event | None = None
+
+    @torch.no_grad()
+    def fill(self, state: State) -> None:
+        """Begin to copy; on the CPU it is done afterwards."""
+        for group, tensors in state.items():
+            for name, value in tensors.items():
+                copy = local(self.state[group][name])
+                copy.copy_(local(value), non_blocking=True)
+        if torch.cuda.is_available():
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Until the copy is there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def check_finite(self) -> None:
+        """Refuse a state that no training could go on from."""
+        for group, tensors in self.state.items():
+            for name, value in tensors.items():
+                value = local(value)
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise SaveFailed(f"{group}.{name} is not finite")
+
+
+class Checkpointer:
+    """The checkpoints of one run: FOLDER/step-N, each written by all processes.
+
+    A save copies the state and writes it in a thread while training goes on. The
+    threads have a process group of their own. What became of a save is agreed upon by
+    `poll`, which the loop calls at the same step on all processes.
+
+    Args:
+        folder: of the run's checkpoints.
+        settings: section [checkpoint].
+        on_saved: told of every checkpoint that is complete.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        settings: Checkpoint,
+        on_saved: Callable[[Saved], None] = lambda saved: None,
+    ) -> None:
+        self.folder, self.settings, self._on_saved = folder, settings, on_saved
+        self.limit = timedelta(seconds=settings.time_limit)
+        self.saved_step: int | None = None
+        """The newest step that is known to be complete."""
+        self.failures = 0
+        """In a row."""
+        self._staging: _Staging | None = None
+        self._pending: _Pending | None = None
+        self._group = dist.new_group(backend="gloo", timeout=self.limit)
+        self._is_main = dist.get_rank() == 0
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Whoever interrupts twice wants to leave at once.
+        if self._pending is not None and kind is not KeyboardInterrupt:
+            futures = [self._pending.done]
+            concurrent.futures.wait(futures, self.limit.total_seconds())
+
+    def path(self, step: int) -> Folder:
+        """Where the checkpoint of a step lies."""
+        return step_folder(self.folder, step)
+
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, oldest first."""
+        return complete_steps(self.folder)
+
+    # --- finding -------------------------------------------------------------------
+
+    def find(self) -> Folder | None:
+        """The newest checkpoint that is as it was written (a collective).
+
+        Damaged ones are named, and renamed, so that nothing takes them for good ones.
+
+        Raises:
+            UserError: there are checkpoints, and all are damaged.
+        """
+        steps = self.steps()
+        newest = steps[-1] if steps else -1
+        check_agreement({"newest checkpoint": newest})
+        for step in reversed(steps):
+            damage = damage_of(self.path(step))
+            if damage is None:
+                self.saved_step = step
+                return self.path(step)
+            log.warning(f"{damage}; taking the checkpoint before it")
+            if self._is_main:
+                self.path(step).rename(f"step-{step}.damaged")
+            dist.barrier()
+        if steps:
+            raise UserError(
+                f"all checkpoints in {self.folder} are damaged: see above; to begin "
+                "anew choose another --job.name"
+            )
+        return None
+
+    # --- saving --------------------------------------------------------------------
+
+    def save(self, step: int, state: State, texts: dict[str, str]) -> None:
+        """Begin to write the state of a step, or write it (a collective).
+
+        A save before it is waited for.
+
+        Args:
+            step: names the folder.
+            state: see training_state.
+            texts: files to lie beside it, by their names.
+
+        Raises:
+            UserError: too many saves in a row have failed.
+        """
+        begun = time.monotonic()
+        self.wait()
+        if self._pending is not None:
+            return  # it is late, and counted as failed
+        if (waited := time.monotonic() - begun) > LONG_WAIT:
+            log.warning(
+                f"step {step} waited {waited:.0f} s for the save before it: raise "
+                "checkpoint.interval, or name a faster checkpoint.folder"
+            )
+        if self._staging is None:
+            self._staging = _Staging(state)
+        self._staging.fill(state)
+        self._pending = _Pending(step, concurrent.futures.Future(), begun)
+        arguments = (self._pending, self._staging, texts)
+        threading.Thread(target=self._run, args=arguments, daemon=True).start()
+        self._pending.blocked = time.monotonic() - begun
+        if not self.settings.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Learn whether the save in the background is done (a collective).
+
+        Costs nothing where there is none, else a reduction on the CPU.
+
+        Raises:
+            UserError: too many saves in a row have failed.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        begun = time.monotonic()
+        done = pending.done.done()
+        error = pending.done.exception() if done else None
+        if error is not None and not isinstance(error, FAILURES):
+            raise error
+        is_sound = not isinstance(error, RuntimeError)
+        verdict = torch.tensor([done, error is None, is_sound]).int()
+        dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
+        done, is_good, is_sound = map(bool, verdict.tolist())
+        pending.blocked += time.monotonic() - begun
+        if not done:
+            return
+        self._pending = None
+        if not is_sound:  # what is left of it would disturb the next save
+            self._group = dist.new_group(backend="gloo", timeout=self.limit)
+        if is_good:
+            self._succeeded(pending)
+        else:
+            self._failed(pending, _cause(error))
+
+    def wait(self) -> None:
+        """As `poll`, once the save is done; too late is failed (a collective)."""
+        if self._pending is None:
+            return
+        left = self._pending.begun + self.limit.total_seconds() - time.monotonic()
+        concurrent.futures.wait([self._pending.done], max(0.0, left))
+        self.poll()
+        if self._pending is not None:
+            self._failed(self._pending, f"not done in {self.settings.time_limit} s")
+
+    def _succeeded(self, pending: _Pending) -> None:
+        self.failures, self.saved_step = 0, pending.step
+        seconds = time.monotonic() - pending.begun
+        saved = Saved(pending.step, pending.blocked * 1000, seconds)
+        log.info(
+            f"saved step {saved.step} in {saved.seconds:.1f} s, the training stood "
+            f"still for {saved.blocked_ms:.1f} ms"
+        )
+        self._on_saved(saved)
+
+    def _failed(self, pending: _Pending, cause: str) -> None:
+        self.failures += 1
+        most = self.settings.max_failures
+        if self._is_main:
+            log.warning(
+                f"step {pending.step} is not saved ({cause}); failed saves in a row: "
+                f"{self.failures} of at most {most}"
+            )
+        if self.failures >= most:
+            kept = "there is none"
+            if self.saved_step is not None:
+                kept = f"the last is {self.path(self.saved_step)}"
+            raise UserError(
+                f"{self.failures} checkpoints in a row could not be written ({cause}): "
+                f"mend that, and the same command goes on from the last ({kept})"
+            )
+
+    # --- in the background -----------------------------------------------------------
+
+    def _run(self, pending: _Pending, staging: _Staging, texts: dict[str, str]) -> None:
+        try:
+            self._write(pending.step, staging, texts)
+        except BaseException as error:  # raised again by poll
+            pending.done.set_exception(error)
+        else:
+            pending.done.set_result(None)
+
+    def _write(self, step: int, staging: _Staging, texts: dict[str, str]) -> None:
+        staging.wait()
+        self._together(staging.check_finite)
+        folder = self.path(step)
+        self._together(lambda: self._is_main and _emptied(folder))
+        writer, disk = dcp_writer(folder)
+        try:
+            dcp.save(staging.state, storage_writer=writer, process_group=self._group)
+            entries: dict[str, Any] = {}
+            for written in self._together(lambda: disk.entries):
+                entries |= written
+            self._together(lambda: self._is_main and finish(folder, entries, texts))
+        except FAILURES:
+            if self._is_main:
+                with contextlib.suppress(OSError):
+                    folder.remove()
+            raise
+        if self._is_main:
+            self._drop(step)
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """What each process's action returns; where one fails, all do."""
+        mine, told = None, None
+        try:
+            mine = action()
+        except Exception as error:  # every file system has errors of its own
+            told = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        results: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(results, (mine, told), group=self._group)
+        for _, told in results:
+            if told is not None:
+                raise SaveFailed(told)
+        return [result for result, _ in results]
+
+    def _drop(self, newest: int) -> None:
+        """Remove what need not be kept, and what interrupted saves have left."""
+        complete, every = self.steps(), self.settings.keep_every
+        kept = set(complete[-self.settings.keep :])
+        kept |= {step for step in complete if every and step % every == 0}
+        try:
+            for step in steps_in(self.folder):
+                if step < newest and step not in kept:
+                    self.path(step).remove()
+        except OSError as error:
+            log.warning(f"cannot remove old checkpoints in {self.folder} ({error})")
+
+
+def damage_of(folder: Folder) -> str | None:
+    """What is wrong with a checkpoint, which processes verify together (a collective).
+
+    Returns:
+        None where all of its bytes are as they were written.
+    """
+    told = None
+    try:
+        verify(folder, dist.get_rank(), dist.get_world_size())
+    except Damaged as error:
+        told = str(error)
+    all_told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_told, told)
+    return next((text for text in all_told if text is not None), None)
+
+
+def texts_beside(about: dict[str, str], config: str) -> dict[str, str]:
+    """The files of text in a checkpoint."""
+    return {ABOUT: json.dumps(about, indent=1), CONFIG: config}
+
+
+def _emptied(folder: Folder) -> None:
+    """A new folder: what an interrupted save left behind would be taken along."""
+    folder.remove()
+    folder.make()
+
+
+def _cause(error: BaseException | None) -> str:
+    """Why a save failed, in one line."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(cause).__name__}: {cause}".splitlines()[0]
+    return str(error or "another rank failed").splitlines()[0]

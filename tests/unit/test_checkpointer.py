@@ -1,0 +1,280 @@
+"""A run's checkpoints: written in the background, counted, kept, and found again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from taehv.checkpoint import METADATA, State, load
+from taehv.checkpointer import Checkpointer, Saved
+from taehv.config import Checkpoint, Parallelism
+from taehv.distributed import started
+from taehv.errors import UserError
+from taehv.storage import MANIFEST, Folder, HashedFiles
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _process_group() -> Iterator[None]:
+    """Saving is a collective, here of one process."""
+    with started(Parallelism(), "cpu"):
+        yield
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The warnings so far."""
+    monkeypatch.setattr(logging.getLogger("taehv"), "propagate", True)
+    return lambda: [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
+def tensors(value: float) -> State:
+    return {"model": {"weight": torch.full((1000,), float(value))}}
+
+
+def value_in(folder: Folder) -> float:
+    state = tensors(-1)
+    load(folder, state)
+    return state["model"]["weight"].unique().item()
+
+
+def checkpoints(folder: Path | str, *steps: int, **settings: object) -> Checkpointer:
+    """Checkpoints of these steps, whose weights are their step."""
+    checkpointer = Checkpointer(Folder(folder), Checkpoint(**settings))
+    for step in steps:
+        checkpointer.save(step, tensors(step), {"about.json": "{}"})
+    checkpointer.wait()
+    return checkpointer
+
+
+class Gate:
+    """Holds up every write until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, create = threading.Event(), HashedFiles.create_stream
+
+        def held_up(files: HashedFiles, path: str, mode: str) -> object:
+            assert self.opened.wait(30)
+            return create(files, path, mode)
+
+        monkeypatch.setattr(HashedFiles, "create_stream", held_up)
+
+
+# In the background
+
+
+def test_training_goes_on_while_a_save_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Saved] = []
+    checkpointer = Checkpointer(Folder(tmp_path), Checkpoint(), saved.append)
+    gate, state = Gate(monkeypatch), tensors(1)
+    checkpointer.save(1, state, {})
+    state["model"]["weight"].fill_(2)  # the next steps
+    checkpointer.poll()
+    assert not saved and checkpointer.saved_step is None and not checkpointer.steps()
+    gate.opened.set()
+    checkpointer.wait()
+    assert [s.step for s in saved] == [1] == checkpointer.steps()
+    assert 0 < saved[0].blocked_ms < 1000 * saved[0].seconds
+    assert value_in(checkpointer.path(1)) == 1
+    checkpointer.save(2, state, {})  # through the same memory
+    checkpointer.wait()
+    assert value_in(checkpointer.path(2)) == 2 and value_in(checkpointer.path(1)) == 1
+
+
+def test_synchronous_saves_are_done_when_they_return(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(Folder(tmp_path), Checkpoint(asynchronous=False))
+    checkpointer.save(1, tensors(1), {})
+    assert checkpointer.steps() == [1] and checkpointer.saved_step == 1
+
+
+def test_leaving_waits_for_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with Checkpointer(Folder(tmp_path), Checkpoint()) as checkpointer:
+        checkpointer.save(1, tensors(1), {})
+        threading.Timer(0.2, gate.opened.set).start()
+    assert checkpointer.steps() == [1]
+
+
+def test_a_second_interruption_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Checkpointer(Folder(tmp_path), Checkpoint()) as checkpointer,
+    ):
+        checkpointer.save(1, tensors(1), {})
+        raise KeyboardInterrupt
+    assert not checkpointer.steps()
+    gate.opened.set()
+    checkpointer.wait()
+
+
+# Failures
+
+
+def test_failed_saves_are_told_counted_and_tried_again(
+    tmp_path: Path, told: Callable
+) -> None:
+    checkpointer = checkpoints(tmp_path, 1, max_failures=3)
+    for step in (2, 3):  # files in the place of folders
+        (tmp_path / f"step-{step}").write_text("")
+    bad = tensors(float("nan"))
+    checkpointer.save(4, bad, {})
+    checkpointer.wait()
+    checkpointer.save(5, tensors(5), {"no/such/folder": ""})
+    checkpointer.wait()
+    assert checkpointer.failures == 2 and checkpointer.steps() == [1]
+    assert "model.weight is not finite" in told()[0] and "step 4" in told()[0]
+    assert "2 of at most 3" in told()[1] and "step 5" in told()[1]
+    checkpointer.save(6, tensors(6), {})
+    checkpointer.wait()
+    assert checkpointer.failures == 0 and checkpointer.steps() == [1, 6]
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == [
+        "step-1",
+        "step-6",
+    ]
+
+
+def test_too_many_failures_end_the_run(tmp_path: Path) -> None:
+    checkpointer = checkpoints(tmp_path, 1, max_failures=2)
+    checkpointer.save(2, tensors(float("inf")), {})
+    checkpointer.wait()
+    checkpointer.save(3, tensors(float("inf")), {})
+    with pytest.raises(UserError, match="2 checkpoints in a row") as raised:
+        checkpointer.wait()
+    assert f"the last is {tmp_path}/step-1" in str(raised.value)
+    assert checkpointer.steps() == [1] and value_in(checkpointer.path(1)) == 1
+
+
+def test_a_save_that_takes_too_long_is_a_failed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable
+) -> None:
+    checkpointer = checkpoints(tmp_path, 1, max_failures=3, time_limit=1)
+    gate = Gate(monkeypatch)
+    checkpointer.save(2, tensors(2), {})
+    checkpointer.save(3, tensors(3), {})  # waits for the time limit, then goes on
+    assert checkpointer.failures == 1 and "not done in 1 s" in told()[-1]
+    gate.opened.set()
+    deadline = time.monotonic() + 30
+    while checkpointer.failures and time.monotonic() < deadline:
+        checkpointer.poll()
+    assert checkpointer.saved_step == 2 and checkpointer.steps() == [1, 2]
+
+
+def test_old_checkpoints_stay_where_a_save_fails(tmp_path: Path) -> None:
+    checkpointer = checkpoints(tmp_path, 1, 2, keep=1)
+    assert checkpointer.steps() == [2]
+    checkpointer.save(3, tensors(float("nan")), {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [2]
+
+
+def test_keep_every(tmp_path: Path) -> None:
+    checkpointer = checkpoints(tmp_path, *range(1, 12), keep=2, keep_every=4)
+    assert checkpointer.steps() == [4, 8, 10, 11]
+
+
+# Finding
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "flipped bit": (flip, "__0_0.distcp", "is altered: its SHA-256 differs"),
+    "cut shard": (cut, "__0_0.distcp", "bytes in place of"),
+    "missing shard": (Path.unlink, "__0_0.distcp", "is missing"),
+    "missing metadata": (Path.unlink, METADATA, "is missing"),
+    "altered metadata": (flip, METADATA, "is altered"),
+    "altered settings": (flip, "about.json", "is altered"),
+    "cut manifest": (cut, MANIFEST, "manifest.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_good_one_is_found(
+    tmp_path: Path, told: Callable, damage: str
+) -> None:
+    checkpointer = checkpoints(tmp_path, 1, 2, 3)
+    spoil, name, words = DAMAGES[damage]
+    spoil(tmp_path / "step-3" / name)
+    found = checkpointer.find()
+    assert str(found) == f"{tmp_path}/step-2" and value_in(found) == 2
+    (warning,) = told()
+    assert f"{tmp_path}/step-3/{name}" in warning and words in warning
+    # It counts no more, and is there for whoever wants to look at it.
+    assert checkpointer.steps() == [1, 2]
+    assert (tmp_path / "step-3.damaged" / MANIFEST).exists()
+    assert str(checkpointer.find()) == f"{tmp_path}/step-2" and len(told()) == 1
+
+
+def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path / "new").find() is None
+
+
+def test_a_run_does_not_begin_anew_where_all_are_damaged(tmp_path: Path) -> None:
+    checkpointer = checkpoints(tmp_path, 1, 2)
+    for step in (1, 2):
+        flip(tmp_path / f"step-{step}" / "__0_0.distcp")
+    with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+        checkpointer.find()
+
+
+# Elsewhere
+
+
+def test_checkpoints_elsewhere() -> None:
+    place = "memory://bucket/run"
+    checkpointer = checkpoints(place, 1, 2, 3, 4, keep=3)
+    assert checkpointer.steps() == [2, 3, 4]
+    files = checkpointer.folder.files
+    shard = f"{checkpointer.path(4).path}/__0_0.distcp"
+    files.pipe_file(shard, files.cat_file(shard)[:-1])
+    found = checkpointer.find()
+    assert str(found) == f"{place}/step-3" and value_in(found) == 3
+    assert checkpointer.folder.names() == ["step-2", "step-3", "step-4.damaged"]
+
+
+def test_a_url_that_nothing_reads() -> None:
+    with pytest.raises(UserError, match="cannot reach nothing://x"):
+        Folder("nothing://x")
+
+
+# Further components
+
+
+def test_groups_of_further_components(tmp_path: Path) -> None:
+    def state(value: float, size: int) -> dict[str, dict[str, Tensor]]:
+        replay = {"rank_0.clips": torch.full((size,), value)}
+        return {**tensors(value), "replay": replay}
+
+    checkpointer = Checkpointer(Folder(tmp_path), Checkpoint())
+    checkpointer.save(1, state(1, 4), {})
+    checkpointer.wait()
+    again = state(0, 4)
+    assert load(checkpointer.path(1), again) == {"model", "replay"}
+    assert again["replay"]["rank_0.clips"].tolist() == [1] * 4
+    other = state(0, 5)
+    assert load(checkpointer.path(1), other, optional={"replay"}) == {"model"}
+    assert other["replay"]["rank_0.clips"].tolist() == [0] * 5
+    assert other["model"]["weight"].unique() == 1
+    with pytest.raises(UserError, match=r"replay\.rank_0\.clips as \[4\] and not"):
+        load(checkpointer.path(1), other)
