@@ -75,6 +75,14 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most GPU memory in use since the last reset."""
+    if device.type != "cuda":
+        return 0.0
+    return torch.cuda.max_memory_allocated(device) / 2**30
 
 
 def prepare_tracing(device: torch.device) -> None:
@@ -127,7 +135,7 @@ def measure(
         first_s=first,
     )
     if device.type == "cuda":
-        cost.peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
+        cost.peak_gib = peak_gib(device)
         cost.host_ms = _host_ms(work, feed)
         cost.kernels = _kernels(work, feed)
         sent = sum(ms for name, ms, _ in cost.kernels if "nccl" in name.lower())
@@ -270,4 +278,7 @@ def _cell(value: Any) -> str:
         return "-"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f}"
+    if abs(value) < 0.001:
+        return f"{value:.1e}" if value else "0"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(0, digits)}f}"

@@ -26,6 +26,13 @@ LAYERS = {
     "trainer": TRAINER,
     "convert": COMMAND,
     "precompute": COMMAND,
+    "bench": COMMAND,
+    "bench_curves": COMMAND,
+    "bench_decode": COMMAND,
+    "bench_memory": COMMAND,
+    "bench_start": COMMAND,
+    "bench_teacher": COMMAND,
+    "bench_train": COMMAND,
     "benchmark": COMMAND,
 }
 """Everything else is a leaf."""

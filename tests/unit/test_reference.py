@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taehv.benchmark import Size, step_flop
+from taehv.bench import Size
+from taehv.bench_train import step_flop
 from taehv.config import Loss, Optim, Parallelism
 from taehv.distributed import shard, started
 from taehv.losses import Targets

@@ -1,0 +1,99 @@
+"""Loss curves of one training in every way, beside those of two seeds."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+
+import torch
+
+from taehv import measure
+from taehv.bench import REFERENCE, Bench, Student, clips_of, way_settings
+from taehv.clips import Batch
+from taehv.config import Config
+
+POINTS = 10
+"""Parts of a curve, over each of which losses are averaged and then compared."""
+COLUMNS = {
+    "way": 22,
+    "seed": 4,
+    "first loss": 9,
+    "last tenth": 9,
+    "compared with": 17,
+    "mean difference": 9,
+    "largest": 7,
+}
+
+
+def bench_curves(bench: Bench) -> None:
+    """Train the first size and variant as an autoencoder in every way.
+
+    The curves are to differ by no more than those of two seeds, which have other new
+    weights and see the same clips.
+    """
+    options = bench.options
+    ways = [way for way in options.ways if way != REFERENCE]
+    configs = {way: _config(bench, way, 0) for way in ways}
+    with clips_of(bench, configs[ways[0]], latents=False) as feed:
+        batches = list(itertools.islice(feed, options.curve_batches))
+    title = f"losses of {options.curve_steps} steps of {options.sizes[0]}"
+    bench.report.table(title, COLUMNS)
+    curves = {way: _curve(bench, config, batches) for way, config in configs.items()}
+    base = ways[0]
+    _row(bench, base, 0, curves[base])
+    found = [_row(bench, w, 0, curves[w], base, curves[base]) for w in ways[1:]]
+    other = _curve(bench, _config(bench, ways[-1], 1), batches)
+    seeds = _row(bench, ways[-1], 1, other, ways[-1], curves[ways[-1]])
+    verdict = "no more" if max(found, default=0) <= seeds else "MORE"
+    bench.report.say(f"\nthe ways differ by {verdict} than two seeds")
+
+
+def _config(bench: Bench, way: str, seed: int) -> Config:
+    options = bench.options
+    return bench.config(
+        {
+            "model.variant": options.variants[0],
+            "training.steps": options.curve_steps,
+            "training.seed": seed,
+        },
+        options.sizes[0].settings,
+        way_settings(way),
+    )
+
+
+def _curve(bench: Bench, config: Config, batches: list[Batch]) -> list[float]:
+    """The loss of every step."""
+    measure.free()
+    student = Student(config, bench.world)
+    feed = itertools.islice(itertools.cycle(batches), config.training.steps)
+    return torch.stack([student(batch).values[0] for batch in feed]).tolist()
+
+
+def _row(
+    bench: Bench,
+    way: str,
+    seed: int,
+    curve: list[float],
+    other_way: str = "",
+    other: list[float] | None = None,
+) -> float:
+    """Print a curve's row and return its mean difference from another one."""
+    points = _points(curve)
+    pairs = zip(points, _points(other or curve), strict=True)
+    differences = [abs(a / b - 1) for a, b in pairs]
+    compared = {
+        "compared with": f"{other_way}, seed 0",
+        "mean difference": f"{statistics.mean(differences):.3%}",
+        "largest": f"{max(differences):.3%}",
+    }
+    bench.report.row(
+        **{"way": way, "seed": seed, "first loss": curve[0], "last tenth": points[-1]},
+        **(compared if other else {}),
+        losses=curve,
+    )
+    return statistics.mean(differences)
+
+
+def _points(curve: list[float]) -> list[float]:
+    size = max(1, len(curve) // POINTS)
+    return [statistics.mean(curve[i : i + size]) for i in range(0, len(curve), size)]
