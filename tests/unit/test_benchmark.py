@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from taehv.bench import Bench, Size
+from taehv.bench_memory import Attempt, attempt, largest_batch
 from taehv.benchmark import main
+from taehv.config import Parallelism
+from taehv.distributed import started
 from taehv.errors import UserError
+from taehv.measure import Report
 
 
 def benchmark(*arguments: object) -> str:
@@ -46,8 +54,10 @@ def printed_rows(output: str) -> list[dict[str, str]]:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     """What a small measurement printed, and its file."""
     path = tmp_path_factory.mktemp("benchmark") / "results.json"
+    parts = ["--train", "--decode", "--curves", "--teacher"]
     small = ["--sizes", "5x16x16,5x32x32", "--decode-sizes", "5x16x16"]
-    output = benchmark("--train", "--decode", *small, "--json", path)
+    small += ["--curve-steps", 10, "--cache-windows", 0]
+    output = benchmark(*parts, *small, "--json", path)
     return output, json.loads(path.read_text())
 
 
@@ -83,18 +93,82 @@ def test_decoding_is_measured(measured: tuple[str, dict[str, Any]]) -> None:
         assert row["ms"] > 0 and row["speed-up"] > 0
 
 
+def test_curves_are_compared(measured: tuple[str, dict[str, Any]]) -> None:
+    output, content = measured
+    plain, seed = content["tables"]["losses of 10 steps of 5x16x16"]
+    assert [row["seed"] for row in (plain, seed)] == [0, 1]
+    assert len(plain["losses"]) == len(seed["losses"]) == 10
+    assert plain["losses"][-1] < plain["losses"][0]
+    apart = [
+        abs(a / b - 1) for a, b in zip(seed["losses"], plain["losses"], strict=True)
+    ]
+    assert seed["largest"] == f"{max(apart):.3%}"
+    assert "the ways differ by no more than two seeds" in output
+
+
+def test_teachers_are_measured(measured: tuple[str, dict[str, Any]]) -> None:
+    title = "with a CogVideoX teacher, 2 clips of 8x32x32, times in ms"
+    alone, reference, own = measured[1]["tables"][title]
+    assert alone["what"] == "eager teacher alone" and alone["speed-up"] is None
+    assert reference["what"] == "published step, eager teacher"
+    assert own["what"] == "default step, eager teacher"
+    assert own["speed-up"] == pytest.approx(reference["ms"] / own["ms"])
+
+
 def test_what_is_printed_is_what_is_written(
     measured: tuple[str, dict[str, Any]],
 ) -> None:
     output, content = measured
     written = [row for rows in content["tables"].values() for row in rows]
     printed = printed_rows(output)
-    assert len(printed) == len(written) == 8
+    assert len(printed) == len(written) == 13
     for cells, row in zip(printed, written, strict=True):
-        assert cells["size"] == row["size"] and cells["way"] == row["way"]
-        assert float(cells["ms"]) == pytest.approx(row["ms"], rel=0.01)
+        for column in cells.keys() & {"size", "way", "what"}:
+            assert cells[column] == row[column]
+        for column in cells.keys() & {"ms", "first loss"}:
+            assert float(cells[column]) == pytest.approx(row[column], rel=0.01)
     assert output.startswith("device CPU")
     assert content["PyTorch"] in output
+
+
+@pytest.mark.soak
+def test_a_cache_and_the_start_are_measured(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    benchmark("--teacher", "--start", "--calls", 2, "--json", path)
+    tables = json.loads(path.read_text())["tables"]
+    rows = tables["with a CogVideoX teacher, 2 clips of 8x32x32, times in ms"]
+    window, precompute, cached = rows[-3:]
+    assert window["what"] == "teacher alone, 4 of 16x64x64"
+    share = precompute["frames/s"] / window["frames/s"]
+    assert precompute["what"] == f"precompute: {share:.0%} of that"
+    assert cached["what"] == "default step, cached" and cached["ms"] > 0
+    for row in tables["seconds from launch"]:
+        assert 0 < row["step 1, s"] <= row["step 10, s"] <= row["end, s"]
+
+
+def attempts(limit: int) -> Callable[[int], Attempt | None]:
+    """Training on a GPU of which a clip takes 2 GiB and everything else 1."""
+    return lambda n: Attempt(n, 1 + 2.0 * n, 10) if n <= limit else None
+
+
+@pytest.mark.parametrize("limit", [2, 3, 36, 39, 41])
+def test_the_largest_batch_is_found(limit: int) -> None:
+    best, per_clip = largest_batch(attempts(limit), 80)
+    assert (best.clips, per_clip) == (limit, 2)
+
+
+def test_too_little_memory_for_a_clip_or_for_two() -> None:
+    assert largest_batch(attempts(0), 80) is None
+    best, _ = largest_batch(attempts(1), 80)
+    assert best.clips == 1
+
+
+def test_a_batch_is_attempted() -> None:
+    with started(Parallelism(), "cpu") as world:
+        options = argparse.Namespace(clips=1, root=None, workers=0, variants=["taehv"])
+        bench = Bench(options, world, Report({}, None, speaks=False))
+        found = attempt(bench, Size(5, 16, 16), "plain", 3)
+    assert found.clips == 3 and found.ms > 0
 
 
 @pytest.mark.parametrize(
@@ -105,6 +179,8 @@ def test_what_is_printed_is_what_is_written(
         (["--forms", "ddp"], "no form 'ddp'"),
         (["--ways", "fast"], "no way 'fast'"),
         (["--variants", "taehw"], "taehw"),
+        (["--memory"], "--memory fills a GPU"),
+        (["--calls", "many"], "--calls: invalid int value: 'many'"),
     ],
 )
 def test_mistakes_are_told_in_a_line(
