@@ -259,6 +259,13 @@ class Validation:
     """Steps between two validations; the first and last step always have one."""
     clips: int = 16
     """Fixed clips from the held-out files; 0 is off (the files stay held out)."""
+    best: str = "psnr"
+    """Measure by which the weights of the best validation are kept, as export/best.pth
+    and .safetensors: psnr, ssim, difference_psnr, decoder_psnr or another of
+    validation.jsonl; empty keeps none."""
+    patience: int = 0
+    """Validations in a row that are no better than the best one, after which the run
+    ends; 0 is off."""
 
 
 @dataclass
@@ -327,6 +334,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "checkpoint.time_limit": (1, 10**6),
     "validation.interval": (1, math.inf),
     "validation.clips": (0, math.inf),
+    "validation.patience": (0, math.inf),
     "logging.interval": (1, math.inf),
 }
 """Smallest and largest value of the settings that are single numbers."""
@@ -396,6 +404,7 @@ def check_config(config: Config) -> None:
     _check_teacher(config)
     _check_ranges(config)
     _check_graph(config)
+    _check_patience(config.validation)
     if config.data.cache:
         check_frames(config, "data")
         _check_lead_in(config)
@@ -433,6 +442,14 @@ def _check_graph(config: Config) -> None:
         raise UserError(
             "compile.cuda_graph = true cannot hold the optimizer that "
             "parallelism.cpu_offload keeps on the CPU: take one of them"
+        )
+
+
+def _check_patience(validation: Validation) -> None:
+    if validation.patience and not (validation.best and validation.clips):
+        raise UserError(
+            f"validation.patience = {validation.patience} needs validation.best and "
+            "validation.clips: set both, or patience to 0"
         )
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -232,6 +232,17 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum a small tensor over all processes."""
     dist.all_reduce(values, op=dist.ReduceOp.SUM)
     return values
+
+
+def merged_over_ranks(values: dict[int, Any]) -> dict[int, Any]:
+    """The dictionaries of all processes as one, in the order of its keys (collective).
+
+    Args:
+        values: what can be pickled, under keys that no other process has.
+    """
+    parts: list[dict[int, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return dict(sorted(item for part in parts for item in part.items()))
 
 
 def check_agreement(values: dict[str, int]) -> None:

@@ -119,9 +119,21 @@ class RunLog:
         for name, value in values.items():
             self.board.add_scalar(_tag(name), value, step)
 
-    def validation(self, step: int, values: dict[str, float]) -> None:
-        """Note the result of a validation."""
-        record = {"step": step, **values}
+    def validation(
+        self,
+        step: int,
+        values: dict[str, float],
+        intervals: dict[str, tuple[float, float]] | None = None,
+    ) -> None:
+        """Note the result of a validation.
+
+        Args:
+            step: at which the model was judged.
+            values: of each measure.
+            intervals: that hold the mean over all clips there could be, with 95 %.
+        """
+        exact = {name: _or_null(value) for name, value in values.items()}
+        record = {"step": step, **exact, "intervals": intervals or {}}
         self.validations.append(record)
         print(json.dumps(record), file=self._validation, flush=True)
         for name, value in values.items():

@@ -158,6 +158,12 @@ def measure(
     return values
 
 
+def clip_psnr(frames_TCHW: Tensor, decoded_TCHW: Tensor) -> float:
+    """PSNR in dB of all pixels of the frames that both have, RGB in [0, 1]."""
+    frames_1TCHW, decoded_1TCHW = aligned(frames_TCHW[None], decoded_TCHW[None])
+    return float(psnr(frame_errors(frames_1TCHW[0], decoded_1TCHW[0]).mean()))
+
+
 def frame_errors(frames_TCHW: Tensor, decoded_TCHW: Tensor) -> Tensor:
     """Mean squared error of each frame, float64; `psnr` makes dB of it."""
     return _by_frames(
@@ -310,7 +316,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean, count = math.fsum(values) / len(values), len(values)
     reach = math.inf
     if count > 1:
-        deviation = statistics.stdev(values, mean)
+        squares = math.fsum((value - mean) ** 2 for value in values)
+        deviation = math.sqrt(squares / (count - 1))
         reach = student_quantile(count - 1) * deviation / math.sqrt(count)
     return Estimate(mean, mean - reach, mean + reach, count)
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from taehv.augment import Upload
@@ -42,24 +41,19 @@ from taehv.distributed import (
 from taehv.errors import UserError
 from taehv.files import build_file_lists
 from taehv.loader import ClipLoader
-from taehv.logging import RunLog, clock, log, set_up_console, write_text
+from taehv.logging import RunLog, log, set_up_console, write_text
 from taehv.losses import Targets, judged, psnr
-from taehv.metrics import warn_of_scale
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
 from taehv.sampler import SAMPLER_VERSION, Steps, toss
 from taehv.step import StepResult, TrainingStep
 from taehv.storage import Folder
 from taehv.teacher import check_teacher, load_teacher
-from taehv.validate import ValidationResult, validate
-from taehv.video import write_mp4
-from taehv.visualize import picture_strip, side_by_side
+from taehv.validate import Best, best_validation, check_best, tell, validate
 from taehv.weights import save_weights
 
 STEPS_AHEAD = 2
 """How far the host runs ahead of a GPU, which then never waits for it."""
-SAMPLE_RATE = 8
-"""Frames a second of the sample clips, slow enough to see what differs."""
 
 
 def train(config: Config) -> None:
@@ -139,10 +133,12 @@ class Trainer:
         self.config, self.world, self.stop = config, world, stop
         self.folder = config.job.folder
         self.counts = Counts()
+        self.is_stale = False
         self.bad_in_row = 0
         self.pending: deque[Pending] = deque()
         self.bad_clips = 0
         self.bad_files: set[str] = set()
+        check_best(config.validation.best)
         self._find_clips()
         check_agreement({"list of training files": self._clips_hash()})
         self.checkpointer = Checkpointer(
@@ -343,10 +339,15 @@ class Trainer:
         config, steps = self.config, self.config.training.steps
         if not self._is_validated():
             self._validate()
+        self.is_stale = self._has_no_patience()
         loader = self._loader()
         self.noted = time.monotonic()
         try:
-            while self.counts.step < steps and not self.stop.agreed():
+            while (
+                self.counts.step < steps
+                and not self.is_stale
+                and not self.stop.agreed()
+            ):
                 self._step(loader)
                 self.checkpointer.poll()
                 last = self.counts.step == steps
@@ -531,7 +532,8 @@ class Trainer:
         settings = self.config.validation
         if not settings.clips or not len(self.held_out):
             return
-        for name, weight in self._whole_ema().items():
+        weights = self._whole_ema()
+        for name, weight in weights.items():
             self.judge.get_parameter(name).data.copy_(weight)
         result = validate(
             self.judge,
@@ -548,35 +550,36 @@ class Trainer:
                 "none of the held-out clips can be decoded: see the reasons above, or "
                 "name other files in data.holdout"
             )
-        if self.log is not None:
-            self._tell(result)
-
-    def _tell(self, result: ValidationResult) -> None:
-        step, values = self.counts.step, result.scalars()
-        log.info(
-            f"validation at step {step}: PSNR {values['psnr']:.2f} dB on "
-            f"{result.clips} held-out clips ({clock(result.seconds)})"
-        )
-        if result.latents is not None:
-            log.info(
-                f"its PSNR from the teacher's latents {values['decoder_psnr']:.2f} dB, "
-                f"the teacher's own {values['teacher_psnr']:.2f} dB; {result.latents}"
+        if settings.best and settings.best not in result.scalars():
+            raise UserError(
+                f"validation.best = {settings.best} is not measured here: take one of "
+                f"{', '.join(result.means)}"
             )
-            warn_of_scale(result.latents)
-        self.log.validation(step, values)
-        if not result.pictures:
-            return
-        picture = picture_strip(result.pictures)
-        clip = side_by_side(result.pictures)
-        self.log.picture("validation/input_above_reconstruction", picture, step)
-        self.log.clip(
-            "validation/input_left_of_reconstruction", clip, step, SAMPLE_RATE
-        )
-        samples = self.folder / "samples"
-        samples.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(samples / f"step-{step}.png")
-        looped = side_by_side(result.pictures, repeat=3)
-        write_mp4(samples / f"step-{step}.mp4", looped, SAMPLE_RATE)
+        if self.log is not None:
+            tell(result, self.log, self.counts.step, self.folder)
+            self._keep_best(weights)
+        self.is_stale = self._has_no_patience()
+
+    def _best(self) -> Best | None:
+        """The best validation so far; the main process alone knows it."""
+        if self.log is None:
+            return None
+        return best_validation(self.log.validations, self.config.validation.best)
+
+    def _keep_best(self, weights: dict[str, Tensor]) -> None:
+        """Export the weights that did best; those a run begins with are there."""
+        best = self._best()
+        if best is None or best.step != self.counts.step or not self.counts.step:
+            return  # none, another, or what the run began with
+        try:
+            self._export("best", weights)
+        except OSError as error:
+            log.warning(f"the best weights so far are not kept: {error}")
+
+    def _has_no_patience(self) -> bool:
+        """Whether too many validations in a row were no better (a collective)."""
+        best, patience = self._best(), self.config.validation.patience
+        return bool(from_main(best is not None and 0 < patience <= best.since))
 
     def _finish(self) -> None:
         """See that the last step is saved, export the weights, sum up."""
@@ -589,13 +592,13 @@ class Trainer:
         if self.log is None:
             return
         self.log.close()
-        if self.counts.step < self.config.training.steps:
+        if self.counts.step < self.config.training.steps and not self.is_stale:
             log.info(
                 f"stopped at step {self.counts.step}: saved to "
                 f"{self.checkpointer.path(self.counts.step)}; the same command goes on"
             )
             return
-        self._export(weights)
+        self._export(self.config.model.variant, weights)
         print(self._summary(bad_clips), flush=True)
 
     def _about(self) -> dict[str, str]:
@@ -609,26 +612,29 @@ class Trainer:
             "config_sha256": hashlib.sha256(settings).hexdigest(),
         }
 
-    def _export(self, weights: dict[str, Tensor]) -> None:
+    def _export(self, name: str, weights: dict[str, Tensor]) -> None:
         for suffix in (".pth", ".safetensors"):
-            path = self.folder / "export" / (self.config.model.variant + suffix)
+            path = self.folder / "export" / (name + suffix)
             save_weights(path, weights, self._about())
 
     def _summary(self, bad_clips: int) -> str:
         folder, step, run = self.folder, self.counts.step, self.log
         lines = ["", f"{self.config.job.name}: {step} steps done"]
+        if self.is_stale:
+            lines[-1] += ", ended early by validation.patience"
         if run.validations:
             first, last = run.validations[0], run.validations[-1]
             lines += [
-                f"  validation PSNR  {first['psnr']:.2f} dB before, "
-                f"{last['psnr']:.2f} dB after (painting each clip in its mean colour: "
-                f"{last['mean_color_psnr']:.2f} dB)",
+                f"  validation PSNR  {_db(first['psnr'])} before, "
+                f"{_db(last['psnr'])} after (painting each clip in its mean colour: "
+                f"{_db(last['mean_color_psnr'])})",
                 f"  pictures         {folder}/samples/step-{step}.png",
                 f"  video            {folder}/samples/step-{step}.mp4",
             ]
         lines += [
             f"  weights          {folder}/export/{self.config.model.variant}.pth "
             "and .safetensors",
+            *self._told_best(),
             f"  checkpoint       {self.checkpointer.path(step)}",
             f"  skipped          {self.counts.skipped} steps, {bad_clips} clips of "
             "bad videos replaced",
@@ -638,6 +644,19 @@ class Trainer:
             "--data.root FOLDER --job.name NAME",
         ]
         return "\n".join(lines)
+
+    def _told_best(self) -> list[str]:
+        best, name = self._best(), self.config.validation.best
+        if best is None or best.step in (0, self.counts.step):
+            return []
+        return [
+            f"  best weights     {self.folder}/export/best.pth and .safetensors: "
+            f"{name} {best.value:.4g} at step {best.step}"
+        ]
+
+
+def _db(psnr: float | None) -> str:
+    return "not finite" if psnr is None else f"{psnr:.2f} dB"
 
 
 def _memory_peaks(device: torch.device) -> dict[str, float]:

@@ -3,33 +3,55 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from taehv.augment import to_frames
 from taehv.clips import Batch
-from taehv.distributed import StopSignal, sum_over_ranks
-from taehv.losses import aligned, psnr
-from taehv.metrics import LatentReport, LatentStatistics
+from taehv.distributed import StopSignal, merged_over_ranks, sum_over_ranks
+from taehv.errors import UserError
+from taehv.logging import RunLog, clock
+from taehv.losses import aligned
+from taehv.metrics import (
+    DECODER,
+    Clips,
+    Estimate,
+    LatentReport,
+    LatentStatistics,
+    clip_psnr,
+    estimates,
+    group_positions,
+    measure,
+    measure_of,
+    warn_of_scale,
+)
 from taehv.model import TAEHV
 from taehv.teacher import Teacher
+from taehv.video import write_mp4
+from taehv.visualize import ERROR_GAIN, error_map, picture_strip, side_by_side
 
 log = logging.getLogger("taehv")
+
+SAMPLE_RATE = 8
+"""Frames a second of the sample clips, slow enough to see what differs."""
 
 
 @dataclass
 class ValidationResult:
     """Means over the clips of all processes, and pictures of this process's first."""
 
-    means: dict[str, float]
-    """In dB, of frames clamped to [0, 1]: "psnr", input against own reconstruction;
-    "mean_color_psnr", painting each clip in its mean colour, which any model must beat;
-    with a teacher "decoder_psnr", the teacher's latents decoded by the student, and
-    "teacher_psnr", decoded by the teacher."""
+    means: dict[str, Estimate]
+    """Of frames clamped to [0, 1], by the names of metrics.MEASURES: of the input and
+    its own reconstruction, with a teacher also "decoder_..." of the input and the
+    teacher's latents decoded by the student."""
     latent_rms: float
     """Root mean square of the student's latents; a diffusion model expects about 1."""
     latents: LatentReport | None
@@ -38,17 +60,26 @@ class ValidationResult:
     seconds: float
     pictures: list[tuple[Tensor, ...]] = field(repr=False)
     """Input, reconstruction and, with a teacher, the teacher's latents decoded by the
-    student; frames_TCHW on the CPU, RGB in [0, 1]."""
+    student and, unless they are from a cache, by the teacher; frames_TCHW on the CPU,
+    RGB in [0, 1]."""
 
     def scalars(self) -> dict[str, float]:
         """By the names that curves and records have."""
         latents = self.latents.scalars() if self.latents else {}
         return {
-            **self.means,
+            **{name: estimate.mean for name, estimate in self.means.items()},
             "latent_rms": self.latent_rms,
             **latents,
             "clips": self.clips,
             "seconds": self.seconds,
+        }
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % intervals of the means that have one."""
+        return {
+            name: (estimate.low, estimate.high)
+            for name, estimate in self.means.items()
+            if math.isfinite(estimate.high - estimate.low)
         }
 
 
@@ -94,7 +125,7 @@ def validate(
 
 
 class _Judge:
-    """Sums over clips, and what they are made of."""
+    """What this process's clips measure."""
 
     def __init__(
         self,
@@ -105,10 +136,7 @@ class _Judge:
     ) -> None:
         self.model, self.teacher, self.device = model, teacher, device
         self.dtype = next(model.parameters()).dtype
-        self.names = ["psnr", "mean_color_psnr"]
-        self.names += ["decoder_psnr", "teacher_psnr"] if is_taught else []
-        # The means, then the latents' mean square and the number of clips.
-        self.sums = torch.zeros(len(self.names) + 2, dtype=torch.float64, device=device)
+        self.clips: dict[int, dict[str, float]] = {}
         channels = model.variant.latent_channels
         self.latents = LatentStatistics(channels, device) if is_taught else None
 
@@ -116,52 +144,142 @@ class _Judge:
         """Take in a batch; returns the frames to be seen beside one another."""
         frames_NTCHW = to_frames(batch, self.device)
         latents_NTCHW = self.model.encode_video(frames_NTCHW.to(self.dtype))
-        shown = list(aligned(frames_NTCHW, self._decoded(latents_NTCHW)))
-        mean_color_NTCHW = shown[0].mean((1, 3, 4), keepdim=True).expand_as(shown[0])
-        judged = [shown[1], mean_color_NTCHW]
+        decoded = {"": self._decoded(latents_NTCHW)}
+        teacher_NTCHW = self._teacher_latents(batch, frames_NTCHW)
+        if teacher_NTCHW is not None:
+            self.latents.add(latents_NTCHW, teacher_NTCHW)
+            decoded[DECODER] = self._decoded(teacher_NTCHW)
+        teacher_psnr_N = batch.teacher_psnr_N
+        shown = [*aligned(frames_NTCHW, decoded[""])]
         if self.teacher is not None:
-            teacher_NTCHW = self.teacher.encode(frames_NTCHW, batch.numbers)
-            self.latents.add(latents_NTCHW, teacher_NTCHW)
-            decoded = [self._decoded(teacher_NTCHW), self.teacher.decode(teacher_NTCHW)]
-            judged += decoded
-            shown.append(decoded[0][:, : shown[0].shape[1]])
-        if batch.latents_NTCHW is not None:
-            teacher_NTCHW = batch.latents_NTCHW.to(self.device)
-            self.latents.add(latents_NTCHW, teacher_NTCHW)
-            judged.append(self._decoded(teacher_NTCHW))
-            shown.append(judged[-1][:, : shown[0].shape[1]])
-        values = [_clip_psnr(frames_NTCHW, x_NTCHW) for x_NTCHW in judged]
-        if batch.teacher_psnr_N is not None:
-            values.append(batch.teacher_psnr_N.to(self.device, torch.float64))
-        values.append(latents_NTCHW.double().square().mean((1, 2, 3, 4)))
-        values.append(torch.ones_like(values[0]))
-        self.sums += torch.stack(values).sum(1)
-        return shown
+            taught_NTCHW = self.teacher.decode(teacher_NTCHW)
+            pairs = zip(frames_NTCHW, taught_NTCHW, strict=True)
+            teacher_psnr_N = torch.tensor([clip_psnr(*pair) for pair in pairs])
+        for i, number in enumerate(batch.numbers):
+            values = self._measured(frames_NTCHW[i], decoded, i)
+            values["mean_square"] = float(latents_NTCHW[i].double().square().mean())
+            if teacher_psnr_N is not None:
+                values["teacher_psnr"] = float(teacher_psnr_N[i])
+            self.clips[number] = values
+        others = [decoded[DECODER]] if DECODER in decoded else []
+        others += [taught_NTCHW] if self.teacher is not None else []
+        return shown + [other[:, : shown[0].shape[1]] for other in others]
+
+    def _teacher_latents(self, batch: Batch, frames_NTCHW: Tensor) -> Tensor | None:
+        if self.teacher is not None:
+            return self.teacher.encode(frames_NTCHW, batch.numbers)
+        cached_NTCHW = batch.latents_NTCHW
+        return None if cached_NTCHW is None else cached_NTCHW.to(self.device)
 
     def _decoded(self, latents_NTCHW: Tensor) -> Tensor:
         return self.model.decode_video(latents_NTCHW.to(self.dtype)).float()
 
+    def _measured(
+        self, frames_TCHW: Tensor, decoded: dict[str, Tensor], i: int
+    ) -> dict[str, float]:
+        """What clip i of decoded frames measures, under the names' beginnings."""
+        positions = group_positions(self.model.variant, len(frames_TCHW))
+        values = {
+            prefix + name: value
+            for prefix, decoded_NTCHW in decoded.items()
+            for name, value in measure(frames_TCHW, decoded_NTCHW[i], positions).items()
+        }
+        judged_TCHW = frames_TCHW[: decoded[""].shape[1]]
+        mean_color_TCHW = judged_TCHW.mean((0, 2, 3), keepdim=True)
+        painted_TCHW = mean_color_TCHW.expand_as(judged_TCHW)
+        return {**values, "mean_color_psnr": clip_psnr(judged_TCHW, painted_TCHW)}
+
     def result(
         self, start: float, pictures: list[tuple[Tensor, ...]]
     ) -> ValidationResult | None:
-        *sums, mean_square, clips = sum_over_ranks(self.sums).tolist()
+        clips: Clips = merged_over_ranks(self.clips)
         if self.latents is not None:
             sum_over_ranks(self.latents.sums_6C)
         if not clips:
             return None
-        means = [value / clips for value in sums]
+        means = estimates(clips)
         return ValidationResult(
-            means=dict(zip(self.names, means, strict=True)),
-            latent_rms=(mean_square / clips) ** 0.5,
+            latent_rms=means.pop("mean_square").mean ** 0.5,
+            means=means,
             latents=self.latents and self.latents.report(),
-            clips=int(clips),
+            clips=len(clips),
             seconds=time.monotonic() - start,
             pictures=pictures,
         )
 
 
-def _clip_psnr(frames_NTCHW: Tensor, decoded_NTCHW: Tensor) -> Tensor:
-    """PSNR in dB of each clip, over the frames that both have."""
-    frames_NTCHW, decoded_NTCHW = aligned(frames_NTCHW, decoded_NTCHW)
-    difference = decoded_NTCHW.double() - frames_NTCHW.double()
-    return psnr(difference.square().mean((1, 2, 3, 4)))
+# --- telling, and what follows from it ---------------------------------------------
+
+
+def tell(result: ValidationResult, run_log: RunLog, step: int, folder: Path) -> None:
+    """Note a validation on the console, in the records, in TensorBoard, as files.
+
+    Args:
+        result: of the validation.
+        run_log: the run's records.
+        step: at which the model was judged.
+        folder: of the run, in which samples/ gets the pictures.
+    """
+    values = result.scalars()
+    log.info(
+        f"validation at step {step}: PSNR {values['psnr']:.2f} dB on "
+        f"{result.clips} held-out clips ({clock(result.seconds)})"
+    )
+    if result.latents is not None:
+        log.info(
+            f"its PSNR from the teacher's latents {values['decoder_psnr']:.2f} dB, "
+            f"the teacher's own {values['teacher_psnr']:.2f} dB; {result.latents}"
+        )
+        warn_of_scale(result.latents)
+    run_log.validation(step, values, result.intervals())
+    if result.pictures:
+        _show(result.pictures, run_log, step, folder / "samples")
+
+
+def _show(
+    pictures: list[tuple[Tensor, ...]], run_log: RunLog, step: int, samples: Path
+) -> None:
+    labels = ["input", "reconstruction", "teacher's latents", "teacher"]
+    strips = [(*clip, error_map(clip[0], clip[1])) for clip in pictures]
+    labels = [*labels[: len(pictures[0])], f"error x {ERROR_GAIN}"]
+    picture = picture_strip(strips, labels=labels)
+    run_log.picture("validation/input_above_reconstruction", picture, step)
+    run_log.clip(
+        "validation/input_left_of_reconstruction",
+        side_by_side(pictures),
+        step,
+        SAMPLE_RATE,
+    )
+    samples.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(samples / f"step-{step}.png")
+    looped = side_by_side(pictures, repeat=3)
+    write_mp4(samples / f"step-{step}.mp4", looped, SAMPLE_RATE)
+
+
+def check_best(name: str) -> None:
+    """Raise a UserError where validation.best names no measure."""
+    if name and measure_of(name) is None:
+        raise UserError(
+            f"validation.best = {name} is no measure: take psnr, ssim, "
+            "difference_psnr, or another of validation.jsonl"
+        )
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validation of a run."""
+
+    step: int
+    value: float
+    since: int
+    """Validations after it, none of them better."""
+
+
+def best_validation(records: Sequence[dict[str, Any]], name: str) -> Best | None:
+    """The first that no other is better than; None where none has the measure."""
+    about = measure_of(name)
+    having = [i for i, record in enumerate(records) if record.get(name) is not None]
+    if about is None or not having:
+        return None
+    place = min(having, key=lambda i: about.gap(records[i][name]))
+    return Best(records[place]["step"], records[place][name], len(records) - 1 - place)

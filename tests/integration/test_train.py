@@ -45,19 +45,26 @@ def test_learns(finished: tuple[Run, str]) -> None:
     assert [record["step"] for record in records] == [0, 15, 30]
     assert records[-1]["psnr"] > records[0]["psnr"] + 1
     assert records[-1]["clips"] == 2
+    low, high = records[-1]["intervals"]["psnr"]
+    assert low < records[-1]["psnr"] < high
+    measured = {"ssim", "difference_psnr", "fine_detail", "psnr_position_4", "seconds"}
+    assert measured <= records[-1].keys()
 
 
 def test_leaves_what_the_summary_names(finished: tuple[Run, str]) -> None:
     run, output = finished
     picture = np.asarray(Image.open(run.folder / "samples" / "step-30.png"))
-    # Two clips of five frames: an input row above a reconstruction row each.
-    assert picture.shape == (4 * 18 + 2, 5 * 18, 3)
+    # Two clips of five frames: rows of the input, the reconstruction and its error,
+    # and their names on the left.
+    assert picture.shape == (6 * 18 + 2, 98 + 5 * 18, 3)
     frames = list(read_frames(run.folder / "samples" / "step-30.mp4"))
     assert len(frames) == 2 * 5 * 3 and frames[0].shape == (16, 32, 3)
     assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [
         "step-20",
         "step-30",
     ]
+    made = sorted(p.name for p in (run.folder / "export").iterdir())
+    assert made == ["best.pth", "best.safetensors", "taehv.pth", "taehv.safetensors"]
     for name in ("samples/step-30.png", "samples/step-30.mp4", "export/taehv.pth"):
         assert f"{run.folder}/{name}" in output
     assert f"tensorboard --logdir {run.folder}/tensorboard" in output
@@ -158,6 +165,28 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     # Of equal shapes, but of another latent space.
     refused = run.finish(code=2, model__variant="taew2_1")
     assert "is of model.variant taehv, not taew2_1" in refused
+
+
+def test_the_best_weights_are_kept_and_patience_ends_a_run(
+    videos: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, videos, validation__interval=3, optim__schedule="constant")
+    run.finish(training__steps=6)
+    # From here on every step does harm.
+    spoiled = {"training__steps": 30, "optim__lr": 10, "validation__patience": 2}
+    output = run.finish(processes=2, **spoiled)
+    records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
+    assert [record["step"] for record in records] == [0, 3, 6, 9, 12]
+    psnrs = [record["psnr"] or 0 for record in records]  # null: not finite
+    assert max(psnrs) == psnrs[2]
+    assert "12 steps done, ended early" in output
+    assert f"{run.folder}/export/best.pth and .safetensors: psnr" in output
+    for name, step in (("best", "6"), ("taehv", "12")):
+        with safe_open(run.folder / f"export/{name}.safetensors", "pt") as file:
+            assert file.metadata()["step"] == step
+    before = run.metrics()
+    assert "12 steps done, ended early" in run.finish(**spoiled)
+    assert run.metrics() == before and len(before) == 12
 
 
 def test_a_bad_held_out_file_costs_its_clips(videos: Path, tmp_path: Path) -> None:

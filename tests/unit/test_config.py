@@ -99,7 +99,9 @@ UNUSUAL: dict[str, Any] = {
     "checkpoint.keep": 0,
     "checkpoint.resume": False,
     "validation.interval": 7,
-    "validation.clips": 0,
+    "validation.clips": 2,
+    "validation.best": "decoder_ssim",
+    "validation.patience": 3,
     "logging.interval": 3,
 }
 """A legal value of every setting that a careless writer or reader would spoil."""
@@ -315,6 +317,12 @@ def test_a_setting_like_no_other_lists_them_all() -> None:
 
 def test_abbreviations_are_no_settings() -> None:
     assert "did you mean --training.steps?" in refusal(["--training.step=5"])
+
+
+def test_patience_needs_something_to_wait_for() -> None:
+    told = "validation.patience = 3 needs validation.best and validation.clips"
+    assert told in refusal(["--validation.patience=3", "--validation.best="])
+    assert told in refusal(["--validation.patience=3", "--validation.clips=0"])
 
 
 @pytest.mark.parametrize(

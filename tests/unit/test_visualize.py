@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageSequence
 from torch import Tensor
 
-from taehv.visualize import gif, picture_strip, side_by_side, to_uint8
+from taehv.visualize import error_map, gif, picture_strip, side_by_side, to_uint8
 
 
 def clip(first: int, frames: int = 3) -> Tensor:
@@ -47,6 +47,30 @@ def test_strip_spreads_its_columns_over_the_clip(
     picture_HWC = picture_strip([pair], columns=columns, gap=0)
     assert picture_HWC[0, ::5, 0].tolist() == shown
     assert picture_HWC[4, ::5, 0].tolist() == [100 + t for t in shown]
+
+
+def test_labels_stand_on_the_left_of_their_rows() -> None:
+    clips = [(clip(10, 1), clip(20, 1))] * 2
+    tall = [tuple(x.repeat(1, 1, 5, 1) for x in pair) for pair in clips]
+    plain = picture_strip(tall, gap=0)
+    labelled = picture_strip(tall, gap=0, labels=["input", ""])
+    margin = labelled.shape[1] - plain.shape[1]
+    assert margin > 0 and np.array_equal(labelled[:, margin:], plain)
+    rows = labelled[:, :margin].reshape(4, 20, -1).min((1, 2))
+    assert rows[0] < 100 and rows[2] < 100  # written on
+    assert rows[1] == rows[3] == 255
+
+
+def test_errors_are_five_times_as_bright() -> None:
+    frames_TCHW = torch.full((1, 3, 2, 2), 0.5)
+    decoded_TCHW = frames_TCHW.clone()
+    decoded_TCHW[:, 0, 0, 0] += 0.1
+    decoded_TCHW[:, 1, 0, 0] -= 0.02
+    decoded_TCHW[:, 2, 1, 1] += 0.4
+    error_TCHW = error_map(frames_TCHW, decoded_TCHW)
+    assert error_TCHW[0, :, 0, 0].tolist() == pytest.approx([0.5, 0.1, 0], abs=1e-6)
+    assert error_TCHW[0, :, 1, 1].tolist() == [0, 0, 1]
+    assert error_TCHW.sum() == pytest.approx(1.6, abs=1e-6)
 
 
 def test_side_by_side_shows_each_clip_in_turn() -> None:
