@@ -45,6 +45,7 @@ Settings = dict[str, object]
 
 SWITCHES: dict[str, tuple[Settings, Settings]] = {
     "compiled": ({"compile.enable": False}, {"compile.enable": True}),
+    "fused": ({"compile.fused": False}, {"compile.fused": True}),
     "graph": ({"compile.cuda_graph": False}, {"compile.cuda_graph": True}),
 }
 """Settings of a way to run a step without and with each of these."""
@@ -180,6 +181,7 @@ class Student:
         self.upload = Upload(world.device, self.exact)
         torch.manual_seed(config.training.seed)
         self.model = TAEHV(config.model.variant).to(world.device, self.exact)
+        self.model.fused = config.compile.fused
         roots = [self.model.encoder, self.model.decoder]
         compile_in_place(roots, config.compile, world.device)
         shard(roots, mesh, dtype, config.parallelism.cpu_offload)

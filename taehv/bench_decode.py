@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from taehv import measure
-from taehv.bench import REFERENCE, Bench, Size, cost_cells
+from taehv.bench import REFERENCE, Bench, Size, cost_cells, way_settings
 from taehv.errors import UserError
+from taehv.measure import Cost
 from taehv.model import TAEHV
 from taehv.reference import PublishedStream, published
 from taehv.streaming import StreamingTAEHV
 
-DECODE_COLUMNS = {
+COLUMNS = {
     "size": 11,
+    "what": 9,
     "way": 20,
     "ms": 5,
     "p90": 5,
@@ -29,6 +31,7 @@ DECODE_COLUMNS = {
     "error": 8,
     "speed-up": 4,
 }
+Decoder = Callable[[Tensor], Tensor]
 EXACT_LATENTS = 4
 """Leading latents whose frames are compared with those computed in fp32."""
 
@@ -36,7 +39,7 @@ EXACT_LATENTS = 4
 class GraphedDecoder:
     """Replays the decoding of latents of one shape as a CUDA graph."""
 
-    def __init__(self, decode: Callable[[Tensor], Tensor], example: Tensor) -> None:
+    def __init__(self, decode: Decoder, example: Tensor) -> None:
         self._input = example.clone()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -44,9 +47,12 @@ class GraphedDecoder:
             for _ in range(3):
                 decode(self._input)
         torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.reset_peak_memory_stats()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._output = decode(self._input)
+        self.peak_gib = measure.peak_gib(example.device)
+        """Memory that the graph keeps, with everything else in use."""
 
     def __call__(self, latents_NTCHW: Tensor) -> Tensor:
         """Decode; the result is overwritten by the next call."""
@@ -59,90 +65,91 @@ class GraphedDecoder:
 def bench_decode(bench: Bench) -> None:
     """Time and memory of decoding whole videos, and latent by latent."""
     options, device = bench.options, bench.device
+    for way in options.decode_ways:
+        if way != REFERENCE:
+            way_settings(way)  # a mistake is told before anything is measured
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    bench.report.table(f"decoding in {str(dtype)[6:]}, times in ms", DECODE_COLUMNS)
+    bench.report.table(f"decoding in {str(dtype)[6:]}, times in ms", COLUMNS)
     for size, variant in itertools.product(options.decode_sizes, options.variants):
         torch.manual_seed(0)
         model = TAEHV(variant).to(device).eval()
-        latents_NTCHW = _latents(model, size, device)
+        latents_NTCHW = latents_of(model, size).to(device)
         few_NTCHW = latents_NTCHW[:, :EXACT_LATENTS]
-        exact_NTCHW = published(model).decode_video(few_NTCHW)
-        model, latents_NTCHW = model.to(dtype), latents_NTCHW.to(dtype)
-        reference = None
-        for way, make in _decoders(model, device).items():
-            measure.free()
-            decode = make(latents_NTCHW)
-            cost = bench.measure(decode, itertools.repeat(latents_NTCHW))
-            frames_NTCHW = decode(latents_NTCHW)
-            error = _rms(frames_NTCHW[:, : exact_NTCHW.shape[1]] - exact_NTCHW)
-            reference = reference or cost.ms
-            bench.report.row(
-                size=str(size),
-                variant=variant,
-                way=way,
-                **cost_cells(cost),
-                **{"error": f"{error:.1e}", "speed-up": reference / cost.ms},
-            )
-            del decode, frames_NTCHW
-        _bench_stream(bench, model, size, latents_NTCHW)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            exact_NTCHW = published(model).decode_video(few_NTCHW)
+        rows = Rows(bench, model.to(dtype), size, exact_NTCHW)
+        for way in options.decode_ways:
+            rows.whole(way, latents_NTCHW.to(dtype))
+        for way in (REFERENCE, "fused"):
+            rows.by_latent(way, latents_NTCHW.to(dtype))
 
 
-def _latents(model: TAEHV, size: Size, device: torch.device) -> Tensor:
-    variant = model.variant
-    space = variant.space_factor
-    shape = 1, variant.latents_of(size.frames), variant.latent_channels
-    shape += size.height // space, size.width // space
+def latents_of(model: TAEHV, size: Size) -> Tensor:
+    """Random latents of a video; a UserError where there are none of its size."""
+    variant, space = model.variant, model.variant.space_factor
     if size.height % space or size.width % space:
         raise UserError(f"{size}: height and width must be multiples of {space}")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    shape = 1, variant.latents_of(size.frames), variant.latent_channels
+    shape += size.height // space, size.width // space
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _rms(difference: Tensor) -> float:
-    return difference.float().square().mean().sqrt().item()
+class Rows:
+    """Measures and prints the ways to decode one size; the first is the reference."""
 
+    def __init__(
+        self, bench: Bench, model: TAEHV, size: Size, exact_NTCHW: Tensor
+    ) -> None:
+        self.bench, self.model, self.size = bench, model, size
+        self.exact_NTCHW = exact_NTCHW
+        self._references: dict[str, float] = {}
 
-def _decoders(
-    model: TAEHV, device: torch.device
-) -> dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]]:
-    """By name, what makes a decoder for latents like an example."""
-
-    def compiled(_: Tensor) -> Callable[[Tensor], Tensor]:
-        own = copy.deepcopy(model)
-        own.decoder.compile(fullgraph=True)
-        return own.decode_video
-
-    def graphed(example: Tensor) -> Callable[[Tensor], Tensor]:
-        return GraphedDecoder(compiled(example), example)
-
-    ways = {
-        REFERENCE: lambda _: published(model).decode_video,
-        "eager": lambda _: model.decode_video,
-    }
-    if device.type == "cuda":
-        ways |= {"compiled": compiled, "compiled, graph": graphed}
-    return ways
-
-
-def _bench_stream(
-    bench: Bench, model: TAEHV, size: Size, latents_NTCHW: Tensor
-) -> None:
-    """Latency of a latent that is decoded as it comes."""
-    count = latents_NTCHW.shape[1]
-    latents = latents_NTCHW.split(1, 1)
-    feeds = [[x_N1CHW[:, 0] for x_N1CHW in latents], latents]
-    decoders = [
-        PublishedStream(published(model).decoder).decode,
-        StreamingTAEHV(model, count).decode,
-    ]
-    reference = None
-    for name, decode, feed in zip((REFERENCE, "eager"), decoders, feeds, strict=True):
+    def whole(self, way: str, latents_NTCHW: Tensor) -> None:
+        """Decode a whole video at a time."""
         measure.free()
-        cost = bench.measure(decode, itertools.cycle(feed))
-        reference = reference or cost.ms
-        bench.report.row(
-            size=str(replace(size, frames=model.time_upscale)),
-            variant=model.variant_name,
-            way=f"{name}, by latent",
+        decode = self._decoder(way, latents_NTCHW)
+        cost = self.bench.measure(decode, itertools.repeat(latents_NTCHW))
+        if isinstance(decode, GraphedDecoder):
+            cost.peak_gib = decode.peak_gib
+        frames_NTCHW = decode(latents_NTCHW)[:, : self.exact_NTCHW.shape[1]]
+        error = (frames_NTCHW.float() - self.exact_NTCHW).square().mean().sqrt()
+        self._print("whole", str(self.size), way, cost, f"{error.item():.1e}")
+
+    def _decoder(self, way: str, example: Tensor) -> Decoder:
+        if way == REFERENCE:
+            return published(self.model).decode_video
+        settings = way_settings(way)
+        model = copy.deepcopy(self.model)
+        model.fused = bool(settings.get("compile.fused", model.fused))
+        if settings.get("compile.enable"):
+            model.decoder.compile(fullgraph=True)
+        if settings.get("compile.cuda_graph"):
+            return GraphedDecoder(model.decode_video, example)
+        return model.decode_video
+
+    def by_latent(self, way: str, latents_NTCHW: Tensor) -> None:
+        """Decode one latent after the other."""
+        measure.free()
+        count = latents_NTCHW.shape[1]
+        latents = latents_NTCHW.split(1, 1)
+        if way == REFERENCE:
+            decode = PublishedStream(published(self.model).decoder).decode
+            latents = latents_NTCHW.unbind(1)
+        else:
+            decode = StreamingTAEHV(self.model, count).decode
+        cost = self.bench.measure(decode, itertools.cycle(latents))
+        size = replace(self.size, frames=self.model.time_upscale)
+        self._print("by latent", str(size), way, cost)
+
+    def _print(
+        self, what: str, size: str, way: str, cost: Cost, error: str | None = None
+    ) -> None:
+        reference = self._references.setdefault(what, cost.ms)
+        self.bench.report.row(
+            size=size,
+            what=what,
+            way=way,
+            variant=self.model.variant_name,
             **cost_cells(cost),
-            **{"speed-up": reference / cost.ms},
+            **{"error": error, "speed-up": reference / cost.ms},
         )

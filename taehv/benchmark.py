@@ -56,7 +56,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
     "variants": (_listed(), "taehv", "taehv", "which models"),
     "ways": (
         _listed(),
-        f"{REFERENCE},{PLAIN},compiled,compiled+graph",
+        f"{REFERENCE},{PLAIN},compiled,compiled+fused,compiled+fused+graph",
         f"{REFERENCE},{PLAIN}",
         f"ways to run a step: {REFERENCE} (the recipe), {PLAIN}, {DEFAULT} (of the "
         f"settings), or switches joined by +: {', '.join(SWITCHES)}",
@@ -73,12 +73,18 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
         "5x32x32",
         "videos' sizes",
     ),
+    "decode-ways": (
+        _listed(),
+        f"{REFERENCE},fused,compiled,compiled+fused,compiled+fused+graph",
+        f"{REFERENCE},{PLAIN},fused",
+        "ways to decode, as ways to run a step",
+    ),
     "teacher-size": (Size.parse, "16x128x128", "8x32x32", "clips' size"),
     "cache-windows": (int, "256", "8", "windows that precompute encodes; 0: no cache"),
     "curve-steps": (int, "500", "20", "steps of a curve"),
     "curve-batches": (int, "32", "4", "different batches of a curve"),
     "memory-sizes": (_listed(Size.parse), "17x480x720", "17x480x720", "clips' sizes"),
-    "memory-ways": (_listed(), "plain", "plain", "ways to run a step"),
+    "memory-ways": (_listed(), "fused", "fused", "ways to run a step"),
     "warmup": (int, "10", "1", "calls that do not count"),
     "calls": (int, "30", "3", "calls that count"),
     "seconds": (float, "10", "2", "about the most for those that count"),

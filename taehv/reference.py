@@ -27,7 +27,7 @@ class PublishedSequential(nn.Sequential):
         """Run the blocks over whole videos; there is no memory between calls."""
         assert memory is None, "PublishedStream decodes piece by piece"
         N = x_NTCHW.shape[0]
-        x_BCHW = x_NTCHW.flatten(0, 1)
+        x_BCHW = x_NTCHW.flatten(0, 1).contiguous()  # and so is all that follows
         for block in self:
             if isinstance(block, MemoryBlock):
                 x_NTCHW = x_BCHW.unflatten(0, (N, -1))
@@ -39,6 +39,8 @@ class PublishedSequential(nn.Sequential):
             elif isinstance(block, TGrow):
                 C, H, W = x_BCHW.shape[1:]
                 x_BCHW = block.conv(x_BCHW).reshape(-1, C, H, W)
+            elif isinstance(block, nn.PixelShuffle):
+                x_BCHW = F.pixel_shuffle(x_BCHW, block.upscale_factor)
             else:
                 x_BCHW = block(x_BCHW)
         return x_BCHW.unflatten(0, (N, -1))
