@@ -223,12 +223,16 @@ class Parallelism:
 class Compile:
     enable: bool | Literal["auto"] = "auto"
     """Compile encoder and decoder with torch.compile; auto: on GPUs only."""
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """How hard torch.compile tries; the other mode measures more kernels, for minutes.
+    What it makes is kept in ~/.cache/taehv/inductor, or TORCHINDUCTOR_CACHE_DIR."""
     fused: bool = True
     """Compute linear layers in a row as one convolution of the same parameters, which
     is faster and the same to rounding; also where nothing is compiled."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Replay the whole training step as one CUDA graph, so that the GPU never waits for
-    Python; auto: with one GPU and without CPU offload."""
+    Python; auto: with one GPU and without CPU offload. With several GPUs, true puts
+    what they send one another into the graph too."""
 
 
 @dataclass

@@ -6,9 +6,10 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -26,6 +27,10 @@ from torch.distributed.fsdp import (
 
 from taehv.config import Compile, Parallelism
 from taehv.errors import UserError
+
+COMPILED = Path("~/.cache/taehv/inductor")
+SHAPES = 64
+"""How many shapes of input, of all compiled modules together, a run may have."""
 
 
 @dataclass(frozen=True)
@@ -182,16 +187,36 @@ def uses_compile(settings: Compile, device: torch.device) -> bool:
 def compile_in_place(
     roots: list[nn.Module], settings: Compile, device: torch.device
 ) -> bool:
-    """Compile each module as one graph; its parameters keep their names.
+    """Prepare modules for inputs of few, fixed shapes, and compile each as one graph.
+
+    Its parameters keep their names.
 
     Returns:
         Whether the modules are compiled.
     """
+    # Each algorithm of cuDNN is tried once a shape, compiled or not.
+    torch.backends.cudnn.benchmark = True
     enabled = uses_compile(settings, device)
     if enabled:
+        keep_compiled_code()
+        # All modules of a class share one count, and one too many would end the run.
+        torch._dynamo.config.recompile_limit = SHAPES
         for root in roots:
-            root.compile(fullgraph=True)
+            # Without dynamic=False a second shape would compile anew for any shape,
+            # and inductor lays out no memory for convolutions of unknown ones.
+            root.compile(fullgraph=True, dynamic=False, mode=settings.mode)
     return enabled
+
+
+def keep_compiled_code(folder: Path = COMPILED) -> None:
+    """Let the next run find this one's code, in a folder that outlives a restart.
+
+    Where the user has chosen TORCHINDUCTOR_CACHE_DIR, or the folder cannot be made,
+    PyTorch's own choice stays.
+    """
+    with suppress(OSError):
+        folder.expanduser().mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.expanduser()))
 
 
 def uses_cuda_graph(

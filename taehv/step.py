@@ -60,6 +60,7 @@ class TrainingStep:
         self._share = torch.zeros_like(optimizer.lr)
         self._calls = 0
         self._captured: torch.cuda.CUDAGraph | None = None
+        self._stream = torch.cuda.Stream() if graph else None
 
     def __call__(self, batches: list[Targets], step: int, rate: float) -> StepResult:
         """Train.
@@ -101,19 +102,24 @@ class TrainingStep:
         return StepResult(list(terms), torch.stack([x.to(means) for x in found]))
 
     def _run_aside(self, batches: list[Targets]) -> StepResult:
-        """On a stream of its own, as what is to be captured later has to be run."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        """On the stream of the capture, where autograd and FSDP2 then have been."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             result = self._run(batches)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
     def _capture(self, batches: list[Targets]) -> None:
-        """Record the step, without running it, over inputs that stay where they are."""
+        """Record the step, without running it, over inputs that stay where they are.
+
+        What GPUs send one another is recorded with it; FSDP2 can be since PyTorch 2.11.
+        """
         self._inputs = [_clone(batch) for batch in batches]
         self._captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._captured):
+        # Threads that pin batches or watch NCCL go on as they are.
+        with torch.cuda.graph(
+            self._captured, stream=self._stream, capture_error_mode="thread_local"
+        ):
             self._result = self._run(self._inputs)
 
 

@@ -88,6 +88,7 @@ UNUSUAL: dict[str, Any] = {
     "parallelism.shard_size": 3,
     "parallelism.cpu_offload": True,
     "compile.enable": False,
+    "compile.mode": "max-autotune-no-cudagraphs",
     "compile.fused": False,
     "compile.cuda_graph": False,
     "checkpoint.interval": 1,

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from taehv.config import Compile
+from taehv.distributed import compile_in_place, keep_compiled_code
+
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What is set for the whole process does not outlive a test."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(VARIABLE, "to be restored")
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+
+
+def test_every_shape_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for many of them, which would otherwise end the run."""
+    shapes: list[torch.Size] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Tensor], **_: Any) -> Any:
+        shapes.append(inputs[-1].shape)
+        return graph.forward
+
+    backend = functools.partial(torch.compile, backend=note)
+    monkeypatch.setattr(torch, "compile", backend)
+    layer = nn.Linear(2, 2).requires_grad_(False)
+    assert compile_in_place([layer], Compile(enable=True), CPU)
+    for rows in range(1, 13):
+        layer(torch.ones(rows, 2))
+    assert shapes == [(rows, 2) for rows in range(1, 13)]
+    assert all(type(rows) is int for rows, _ in shapes)
+    assert torch.backends.cudnn.benchmark
+
+
+def test_the_mode_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda call, **how: given.append(how))
+    settings = Compile(enable=True, mode="max-autotune-no-cudagraphs")
+    compile_in_place([nn.Identity()], settings, CPU)
+    assert given[0]["mode"] == "max-autotune-no-cudagraphs"
+    assert given[0]["mode"] in torch._inductor.list_mode_options()
+
+
+def test_nothing_is_compiled_where_it_is_off() -> None:
+    layer = nn.Identity()
+    assert not compile_in_place([layer], Compile(), CPU)
+    assert layer._compiled_call_impl is None and VARIABLE not in os.environ
+
+
+def test_compiled_code_is_kept(tmp_path: Path) -> None:
+    compile_in_place([nn.Identity()], Compile(enable=True), CPU)
+    folder = tmp_path / ".cache/taehv/inductor"
+    assert os.environ[VARIABLE] == str(folder) and folder.is_dir()
+
+
+def test_the_users_folder_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "chosen")
+    keep_compiled_code()
+    assert os.environ[VARIABLE] == "chosen"
+
+
+def test_a_folder_that_cannot_be_made_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / ".cache").touch()
+    keep_compiled_code()
+    assert VARIABLE not in os.environ
