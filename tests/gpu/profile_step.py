@@ -12,7 +12,8 @@ import re
 import torch
 
 from taehv import measure
-from taehv.benchmark import Settings, Student, about, synthetic_batches
+from taehv.bench import Settings, Student, synthetic_batches
+from taehv.benchmark import about
 from taehv.config import Parallelism, load_config
 from taehv.distributed import World, started
 from taehv.measure import Limits
