@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from taehv.checkpoint import load_weights, save_weights_only
+from taehv.checkpoint import save_weights_only
 from taehv.errors import UserError, run_command
-from taehv.model import TAEHV
+from taehv.pretrained import load_model
 from taehv.variants import VARIANTS
-from taehv.weights import load_state_dict_file, save_weights
+from taehv.weights import save_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -54,14 +54,7 @@ def convert(
         )
     if target.exists():
         raise UserError(f"{target} is there already: name another, or delete it")
-    if source.is_dir():
-        state_dict, about = load_weights(source, weights)
-    elif weights is not None:
-        raise UserError(f"--weights {weights} is for checkpoints; {source} is none")
-    else:
-        state_dict, about = load_state_dict_file(source)
-    # The model checks keys, shapes and the variant.
-    model = TAEHV.from_state_dict(state_dict, about, variant, source=source)
+    model, about = load_model(source, variant, weights)
     about = {**about, "variant": model.variant_name}
     about.setdefault("latent_space", model.variant.latent_space)
     converted = {k: v.to(DTYPES[dtype]) for k, v in model.state_dict().items()}

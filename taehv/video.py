@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
+import threading
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from heapq import heappop, heappush
+from math import inf
 from pathlib import Path
 from types import TracebackType
 
 import av
 import numpy as np
-from av.container import InputContainer
+from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+log = logging.getLogger("taehv")
+
+DEFAULT_RATE = 25
+"""Frames per second where a file does not tell."""
 # Seconds before the window at which decoding is tried in turn; the last one is the
 # start of the file.
 REWINDS = (0.0, 0.5, 2.0, 8.0, float("inf"))
@@ -117,6 +128,108 @@ def read_frames(path: str) -> Iterator[np.ndarray]:
             yield cropper(frame)
 
 
+@dataclass(frozen=True)
+class TimedFrame:
+    """A frame, uint8 RGB, and when it is shown: in units of its video's time base."""
+
+    pixels_HWC: np.ndarray
+    pts: int
+    duration: int
+
+
+class TimedFrames:
+    """All frames of a file in their order, as displayed, with times that increase.
+
+    Times count from the start of the file, sound included. Frames that carry none get
+    them from the rate. Damaged frames before the first whole one are left out, as of a
+    recording that begins between keyframes.
+
+    Args:
+        path: of the file.
+        threads: that convert frames to RGB; the decoder has its own.
+
+    Raises:
+        VideoError: the file cannot be opened, or, while it is read, a frame is damaged
+            or of another size than the first.
+    """
+
+    def __init__(self, path: str, threads: int = 1) -> None:
+        self.path = path
+        self._threads = threads
+        with _opened(path) as (container, stream):
+            rate = stream.average_rate or stream.guessed_rate
+            self.rate = Fraction(rate or DEFAULT_RATE)
+            self.frames = stream.frames
+            """By the header: a hint; 0 where it does not tell."""
+            self._counts = _untimed(container, stream)
+            self.time_base = 1 / self.rate if self._counts else stream.time_base
+            start = Fraction(container.start_time or 0, av.time_base)
+            self._start = round(start / self.time_base)
+            self.pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+
+    def __iter__(self) -> Iterator[TimedFrame]:
+        local = threading.local()
+
+        def convert(frame: VideoFrame) -> np.ndarray:
+            if not hasattr(local, "cropper"):
+                local.cropper = _Cropper(None)
+            return local.cropper(frame)
+
+        waiting: deque[tuple[Future[np.ndarray], int, int]] = deque()
+        with (
+            ThreadPoolExecutor(self._threads) as pool,
+            _opened(self.path) as (container, stream),
+        ):
+            stream.thread_type = "AUTO"
+            for frame, pts, duration in self._timed(container.decode(stream)):
+                waiting.append((pool.submit(convert, frame), pts, duration))
+                if len(waiting) > self._threads:
+                    future, *times = waiting.popleft()
+                    yield TimedFrame(future.result(), *times)
+            for future, *times in waiting:
+                yield TimedFrame(future.result(), *times)
+
+    def _timed(
+        self, frames: Iterator[VideoFrame]
+    ) -> Iterator[tuple[VideoFrame, int, int]]:
+        nominal = max(1, round(1 / self.rate / self.time_base))
+        following = 0
+        for frame, time in _in_time(self._whole(frames)):
+            timed = not self._counts and time is not None
+            pts = max(following, time - self._start) if timed else following
+            duration = (timed and frame.duration) or nominal
+            following = pts + (1 if timed else duration)
+            yield frame, pts, duration
+
+    def _whole(self, frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
+        size = None
+        for frame in frames:
+            if frame.is_corrupt and size is None:
+                continue
+            size = size or (frame.width, frame.height)
+            if frame.is_corrupt or size != (frame.width, frame.height):
+                what = "is damaged" if frame.is_corrupt else "has another size"
+                raise VideoError(f"{self.path}: the frame at {frame.time} s {what}")
+            yield frame
+        if size is None:
+            raise VideoError(f"{self.path} has no frames")
+
+
+def _in_time(frames: Iterator[VideoFrame]) -> Iterator[tuple[VideoFrame, int | None]]:
+    """Frames with their times, which careless muxers give to the wrong ones."""
+    waiting: deque[VideoFrame] = deque()
+    times: list[int] = []
+    for frame in itertools.chain(frames, itertools.repeat(None)):
+        if frame is not None:
+            waiting.append(frame)
+            if frame.pts is not None:
+                heappush(times, frame.pts)
+        elif not waiting:
+            return
+        if frame is None or len(waiting) > REORDER:
+            yield waiting.popleft(), heappop(times) if times else None
+
+
 def decode_window(
     path: str, position: float, frames: int, stride: int, crops: list[Crop]
 ) -> list[np.ndarray]:
@@ -143,14 +256,37 @@ class VideoWriter:
 
     Odd sizes are padded to even ones by repeating the last row or column. The file
     gets its name when the `with` block ends well; otherwise nothing is left behind.
-    `rate` is in frames per second.
+
+    Args:
+        path: where to.
+        rate: frames per second.
+        time_base: seconds in a unit of the times that `write` is given, if it is.
+        crf: constant rate factor of x264: 0 is lossless, 18 hard to tell from it.
+        pixel_aspect: width over height of a pixel.
+        sound: a file whose audio tracks are copied as they are, as far as MP4 has
+            their formats.
     """
 
-    def __init__(self, path: str | Path, rate: float | Fraction) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        rate: float | Fraction,
+        *,
+        time_base: Fraction | None = None,
+        crf: int = 18,
+        pixel_aspect: Fraction = Fraction(1),
+        sound: str | None = None,
+    ) -> None:
         self.path = path
         self.rate = Fraction(rate).limit_denominator(1001)
+        self.time_base = time_base or 1 / self.rate
+        self.crf = crf
+        self.pixel_aspect = pixel_aspect
         self._unfinished = f"{path}.{os.getpid()}.part"
         self._stream: VideoStream | None = None
+        self._written = 0
+        self._source = sound
+        self._sound: _Sound | None = None
 
     def __enter__(self) -> VideoWriter:
         self._container = av.open(
@@ -158,20 +294,35 @@ class VideoWriter:
         )
         return self
 
-    def write(self, frame_HWC: np.ndarray) -> None:
-        """Append a frame; all frames have the size of the first."""
+    def write(
+        self, frame_HWC: np.ndarray, pts: int | None = None, duration: int | None = None
+    ) -> None:
+        """Append a frame; all frames have the size of the first.
+
+        `pts` and `duration`, in units of the time base, say when and how long it is
+        shown; by default it follows the one before.
+        """
         height, width = frame_HWC.shape[:2]
         if self._stream is None:
             self._stream = self._new_stream(height + height % 2, width + width % 2)
-        padding = ((0, height % 2), (0, width % 2), (0, 0))
-        frame = VideoFrame.from_ndarray(np.pad(frame_HWC, padding, mode="edge"))
-        converted = frame.reformat(
+            if self._source is not None:
+                self._sound = _Sound(self._source, self._container)
+        if height % 2 or width % 2:
+            padding = ((0, height % 2), (0, width % 2), (0, 0))
+            frame_HWC = np.pad(frame_HWC, padding, mode="edge")
+        converted = VideoFrame.from_ndarray(frame_HWC).reformat(
             format="yuv420p",
             dst_colorspace=BT709,
             dst_color_range=LIMITED_RANGE,
             interpolation="BICUBIC",
         )
+        converted.pts = self._written if pts is None else pts
+        converted.time_base = self.time_base
+        converted.duration = duration or 1
+        self._written += 1
         self._container.mux(self._stream.encode(converted))
+        if self._sound is not None:
+            self._sound.copy(until=converted.pts * self.time_base)
 
     def __exit__(
         self,
@@ -182,21 +333,70 @@ class VideoWriter:
         try:
             if kind is None and self._stream is not None:
                 self._container.mux(self._stream.encode(None))
+                if self._sound is not None:
+                    self._sound.copy()
             self._container.close()
             if kind is None:
                 os.replace(self._unfinished, self.path)
         finally:
+            if self._sound is not None:
+                self._sound.close()
             with suppress(FileNotFoundError):
                 os.remove(self._unfinished)
 
     def _new_stream(self, height: int, width: int) -> VideoStream:
         stream = self._container.add_stream("libx264", rate=self.rate)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"crf": "18"}
+        stream.options = {"crf": str(self.crf)}
         context = stream.codec_context
+        context.time_base = self.time_base
+        context.sample_aspect_ratio = self.pixel_aspect
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
         return stream
+
+
+class _Sound:
+    """The audio packets of a file, copied as far as the video has come."""
+
+    def __init__(self, path: str, output: OutputContainer) -> None:
+        self._output = output
+        self._input = av.open(path, metadata_errors="ignore")
+        self._start = Fraction(self._input.start_time or 0, av.time_base)
+        self._tracks = {}
+        for track in self._input.streams.audio:
+            codec = track.codec_context and track.codec_context.codec.canonical_name
+            if codec in output.supported_codecs:
+                copy = output.add_stream_from_template(track)
+                self._tracks[track.index] = copy
+            else:
+                log.warning(f"{path}: MP4 has no {codec or 'such'} audio; left out")
+        used = [self._input.streams[index] for index in self._tracks]
+        self._packets = self._input.demux(used) if used else iter(())
+        self._next: Packet | None = None
+
+    def copy(self, until: Fraction | float = inf) -> None:
+        """Write what belongs before a time in seconds."""
+        while True:
+            packet = self._next or next(self._packets, None)
+            if packet is None:
+                return
+            if packet.dts is None or packet.size == 0:
+                self._next = None
+                continue
+            if self._next is None:
+                shift = round(self._start / packet.time_base)
+                packet.dts -= shift
+                packet.pts -= shift
+            if packet.dts * packet.time_base > until:
+                self._next = packet
+                return
+            packet.stream, self._next = self._tracks[packet.stream.index], None
+            self._output.mux(packet)
+
+    def close(self) -> None:
+        """Close the file that is read."""
+        self._input.close()
 
 
 def write_mp4(

@@ -108,7 +108,7 @@ def check_tensors(path: Path, state_dict: object) -> None:
                 f"{path}: the weights are nested under {key!r}; save that inner "
                 "state_dict alone"
             )
-        if not isinstance(key, str) or not _is_dense_float(value):
+        if not isinstance(key, str) or not is_dense_float(value):
             raise UserError(
                 f"{path}: {key!r} is not a dense floating tensor; save "
                 "model.state_dict() alone, unquantised"
@@ -119,7 +119,8 @@ def check_tensors(path: Path, state_dict: object) -> None:
             )
 
 
-def _is_dense_float(value: object) -> bool:
+def is_dense_float(value: object) -> bool:
+    """Whether it is a plain floating tensor that is as large as it says."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided

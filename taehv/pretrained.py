@@ -1,0 +1,83 @@
+"""Trained models for the command lines that use them: from any source, on a device."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taehv.checkpoint import load_weights
+from taehv.distributed import compute_dtype
+from taehv.errors import UserError
+from taehv.model import TAEHV
+from taehv.variants import VARIANTS
+from taehv.weights import load_state_dict_file
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
+def load_model(
+    source: Path,
+    variant: str | None = None,
+    weights: str | None = None,
+    **switches: Any,
+) -> tuple[TAEHV, dict[str, str]]:
+    """Read a model, in float32 on the CPU.
+
+    Args:
+        source: a run's folder (its newest checkpoint is taken), a checkpoint's folder,
+            or a .pth or .safetensors file.
+        variant: needed where neither shapes nor metadata tell it.
+        weights: "ema" or "model" of a run's checkpoint; by default the averaged ones.
+        switches: of a preview, see `TAEHV`.
+
+    Returns:
+        The model, and what its source says of it.
+
+    Raises:
+        UserError: the source cannot be read, or fits no variant.
+    """
+    if source.is_dir():
+        state_dict, about = load_weights(source, weights)
+    elif weights is not None:
+        raise UserError(f"--weights {weights} is for checkpoints; {source} is none")
+    else:
+        state_dict, about = load_state_dict_file(source)
+    # The model checks keys, shapes and the variant.
+    model = TAEHV.from_state_dict(state_dict, about, variant, source=source, **switches)
+    return model.eval().requires_grad_(False), about
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say where a model runs and what it computes in."""
+    parser.add_argument("--variant", choices=VARIANTS, help="where nothing tells it")
+    parser.add_argument(
+        "--weights", choices=("ema", "model"), help="of a checkpoint: averaged or raw"
+    )
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto: bf16 on GPUs and CPUs that have it, else fp32",
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names; auto takes the first GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; take cpu")
+    is_cuda = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if is_cuda else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format that `--precision` names."""
+    return torch.float16 if name == "fp16" else compute_dtype(name, device)
+
+
+def place(model: TAEHV, device: torch.device, dtype: torch.dtype) -> TAEHV:
+    """Move a model to where it runs, its convolutions in their fastest layout."""
+    return model.to(device, dtype, memory_format=torch.channels_last)
