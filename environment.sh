@@ -2,7 +2,7 @@
 # Python to use, and where something is missing makes an environment in .venv.
 
 requirements=${requirements:-requirements.txt}
-packages=${packages:-torch, torchvision, av, diffusers, numpy, PIL, safetensors, tensorboard, tomli, torchmetrics, tqdm}
+packages=${packages:-torch, torchvision, av, diffusers, matplotlib, numpy, PIL, safetensors, tensorboard, tomli, torchmetrics, tqdm}
 
 if [ ! -e .venv ] && python3 -c "import $packages" 2>/dev/null; then
     PYTHON=python3

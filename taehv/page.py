@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -45,6 +46,7 @@ figure { margin: 0.75rem 0; min-width: 0; }
 figure img, figure video { display: block; max-width: 100%; height: auto;
   background: #e6e9ed; }
 figcaption { color: #3d444c; font-size: 0.875rem; }
+figure video { min-width: min(100%, 20rem); }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: 0.875rem; }
 .legend i { display: inline-block; width: 0.75rem; height: 0.75rem;
@@ -151,6 +153,8 @@ class Series:
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
+    band: Sequence[tuple[float, float]] = ()
+    """Of each point the lowest and highest likely y, shaded; empty shades none."""
 
 
 def chart(
@@ -185,12 +189,17 @@ def chart(
 
 
 def _finite(one: Series, log_y: bool) -> Series:
-    kept = [
-        (x, y)
-        for x, y in zip(one.xs, one.ys, strict=True)
-        if math.isfinite(y) and (y > 0 or not log_y)
+    least = 0 if log_y else -math.inf
+    kept = [i for i, y in enumerate(one.ys) if math.isfinite(y) and y > least]
+    band = [one.band[i] for i in kept] if one.band else []
+    # Where one bound is not finite, the point alone is sure.
+    sure = [
+        bounds
+        if least < bounds[0] and math.isfinite(bounds[1] - bounds[0])
+        else (one.ys[i], one.ys[i])
+        for i, bounds in zip(kept, band, strict=False)
     ]
-    return Series(one.name, [x for x, _ in kept], [y for _, y in kept])
+    return Series(one.name, [one.xs[i] for i in kept], [one.ys[i] for i in kept], sure)
 
 
 class _Axes:
@@ -199,7 +208,8 @@ class _Axes:
     def __init__(self, series: Sequence[Series], log_y: bool) -> None:
         self.log_y = log_y
         xs = [x for one in series for x in one.xs] or [0.0]
-        ys = [self._scaled(y) for one in series for y in one.ys] or [0.0]
+        values = [y for one in series for y in (*one.ys, *itertools.chain(*one.band))]
+        ys = [self._scaled(y) for y in values] or [0.0]
         y_ticks = _log_ticks if log_y else _ticks
         self.x_ticks, self.y_ticks = _ticks(min(xs), max(xs)), y_ticks(min(ys), max(ys))
         self.x_span = min(xs), max(xs)
@@ -282,6 +292,16 @@ def _marks(one: Series, axes: _Axes, color: str, lines: bool) -> str:
         for x, y in zip(one.xs, one.ys, strict=True)
     ]
     parts = []
+    if one.band:
+        lows, highs = (
+            [
+                f"{axes.x(x):.1f} {axes.y(y):.1f}"
+                for x, y in zip(one.xs, bound, strict=True)
+            ]
+            for bound in zip(*one.band, strict=True)
+        )
+        path = "L".join([*lows, *reversed(highs)])
+        parts.append(f'<path d="M{path}Z" fill="{color}" fill-opacity="0.15"/>')
     if lines and places:
         path = "L".join(f"{x} {y}" for x, y, _, _ in places)
         parts.append(

@@ -43,13 +43,14 @@ from taehv.files import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.logging import RunLog, log, set_up_console, write_text
 from taehv.losses import Targets, judged, psnr
+from taehv.metrics import Best, best_validation, check_best
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
 from taehv.sampler import SAMPLER_VERSION, Steps, toss
 from taehv.step import StepResult, TrainingStep
 from taehv.storage import Folder
 from taehv.teacher import check_teacher, load_teacher
-from taehv.validate import Best, best_validation, check_best, tell, validate
+from taehv.validate import tell, validate
 from taehv.weights import save_weights
 
 STEPS_AHEAD = 2
@@ -638,7 +639,8 @@ class Trainer:
             f"  checkpoint       {self.checkpointer.path(step)}",
             f"  skipped          {self.counts.skipped} steps, {bad_clips} clips of "
             "bad videos replaced",
-            f"  curves           tensorboard --logdir {folder}/tensorboard",
+            f"  curves           tensorboard --logdir {folder}/tensorboard, or "
+            f"python -m taehv.report {folder}",
             "  next             train longer: raise --training.steps; on your own "
             "videos: CONFIG_FILE=train_configs/autoencoder.toml ./run_train.sh "
             "--data.root FOLDER --job.name NAME",

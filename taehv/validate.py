@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from torch import Tensor
 from taehv.augment import to_frames
 from taehv.clips import Batch
 from taehv.distributed import StopSignal, merged_over_ranks, sum_over_ranks
-from taehv.errors import UserError
 from taehv.logging import RunLog, clock
 from taehv.losses import aligned
 from taehv.metrics import (
@@ -30,7 +28,6 @@ from taehv.metrics import (
     estimates,
     group_positions,
     measure,
-    measure_of,
     warn_of_scale,
 )
 from taehv.model import TAEHV
@@ -208,7 +205,7 @@ class _Judge:
         )
 
 
-# --- telling, and what follows from it ---------------------------------------------
+# --- telling -----------------------------------------------------------------------
 
 
 def tell(result: ValidationResult, run_log: RunLog, step: int, folder: Path) -> None:
@@ -251,35 +248,8 @@ def _show(
         SAMPLE_RATE,
     )
     samples.mkdir(exist_ok=True)
-    Image.fromarray(picture).save(samples / f"step-{step}.png")
+    partial = samples / f"step-{step}.png.partial"
+    Image.fromarray(picture).save(partial, "PNG")
+    partial.replace(samples / f"step-{step}.png")
     looped = side_by_side(pictures, repeat=3)
     write_mp4(samples / f"step-{step}.mp4", looped, SAMPLE_RATE)
-
-
-def check_best(name: str) -> None:
-    """Raise a UserError where validation.best names no measure."""
-    if name and measure_of(name) is None:
-        raise UserError(
-            f"validation.best = {name} is no measure: take psnr, ssim, "
-            "difference_psnr, or another of validation.jsonl"
-        )
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best validation of a run."""
-
-    step: int
-    value: float
-    since: int
-    """Validations after it, none of them better."""
-
-
-def best_validation(records: Sequence[dict[str, Any]], name: str) -> Best | None:
-    """The first that no other is better than; None where none has the measure."""
-    about = measure_of(name)
-    having = [i for i, record in enumerate(records) if record.get(name) is not None]
-    if about is None or not having:
-        return None
-    place = min(having, key=lambda i: about.gap(records[i][name]))
-    return Best(records[place]["step"], records[place][name], len(records) - 1 - place)

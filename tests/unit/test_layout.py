@@ -28,6 +28,7 @@ LAYERS = {
     "convert": COMMAND,
     "inference": COMMAND,
     "precompute": COMMAND,
+    "report": COMMAND,
     "bench": COMMAND,
     "bench_curves": COMMAND,
     "bench_decode": COMMAND,
