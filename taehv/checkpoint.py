@@ -259,6 +259,14 @@ def read_about(folder: Folder) -> dict[str, str]:
     return {str(key): str(value) for key, value in about.items()}
 
 
+def read_config(folder: Folder) -> str:
+    """The settings, in TOML, that a checkpoint was made with; empty if it has none."""
+    try:
+        return folder.read(CONFIG).decode()
+    except FileNotFoundError:
+        return ""
+
+
 def _read(state: State, reader: SafeReader, no_dist: bool) -> None:
     try:
         with _quiet():

@@ -14,6 +14,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
+import tomli
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -23,9 +24,11 @@ from taehv.checkpoint import (
     ABOUT,
     CONFIG,
     State,
+    checkpoint_in,
     complete_steps,
     dcp_writer,
     finish,
+    read_config,
     step_folder,
     steps_in,
 )
@@ -169,31 +172,77 @@ class Checkpointer:
     # --- finding -------------------------------------------------------------------
 
     def find(self) -> Folder | None:
-        """The newest checkpoint that is as it was written (a collective).
+        """What to go on from (a collective): the newest checkpoint, or the named one.
 
         Damaged ones are named, and renamed, so that nothing takes them for good ones.
 
         Raises:
-            UserError: there are checkpoints, and all are damaged.
+            UserError: all are damaged, there is none of the name, or there are some and
+                are not wanted.
         """
-        steps = self.steps()
-        newest = steps[-1] if steps else -1
-        check_agreement({"newest checkpoint": newest})
+        named = self.settings.resume_from
+        if self.steps() and not self.settings.resume:
+            raise UserError(
+                f"{self.folder} holds checkpoints of an earlier run and "
+                "checkpoint.resume is false: choose another --job.name, or delete them"
+            )
+        check_agreement({"newest checkpoint": max(self.steps(), default=-1)})
+        if isinstance(named, int):
+            return self._find_from(named)
+        found = self._find_good(self.steps())
+        if found is None and named:
+            found = checkpoint_in(Folder(named))
+            if (damage := damage_of(found)) is not None:
+                raise UserError(f"checkpoint.resume_from: {damage}; name another")
+        return found
+
+    def _find_from(self, first: int) -> Folder:
+        """The newest of the course that began at a step, or that step's checkpoint."""
+        steps = [step for step in self.steps() if step >= first]
+        others = [s for s in steps if s > first and not self._is_of_this_course(s)]
+        dist.barrier()  # all have seen them
+        for step in others:
+            log.info(f"{self.path(step)} is of another course: set aside")
+            self._set_aside(step, "aside")
+        found = self._find_good([step for step in steps if step not in others])
+        if found is None:
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(
+                f"checkpoint.resume_from = {first} is no checkpoint in {self.folder}: "
+                f"take one that is there ({there})"
+            )
+        return found
+
+    def _is_of_this_course(self, step: int) -> bool:
+        try:
+            settings = tomli.loads(read_config(self.path(step)))
+        except ValueError:
+            return True  # it is damaged, and will be found so
+        begun_from = settings.get("checkpoint", {}).get("resume_from")
+        return begun_from == self.settings.resume_from
+
+    def _find_good(self, steps: list[int]) -> Folder | None:
+        """The newest of these that is as it was written."""
         for step in reversed(steps):
             damage = damage_of(self.path(step))
             if damage is None:
                 self.saved_step = step
                 return self.path(step)
-            log.warning(f"{damage}; taking the checkpoint before it")
             if self._is_main:
-                self.path(step).rename(f"step-{step}.damaged")
-            dist.barrier()
+                log.warning(f"{damage}; taking the checkpoint before it")
+            self._set_aside(step, "damaged")
         if steps:
             raise UserError(
                 f"all checkpoints in {self.folder} are damaged: see above; to begin "
                 "anew choose another --job.name"
             )
         return None
+
+    def _set_aside(self, step: int, why: str) -> None:
+        """Rename a checkpoint, so that it counts no more (a collective)."""
+        if self._is_main:
+            self.path(step).rename(f"step-{step}.{why}")
+        dist.barrier()
 
     # --- saving --------------------------------------------------------------------
 
@@ -214,7 +263,8 @@ class Checkpointer:
         self.wait()
         if self._pending is not None:
             return  # it is late, and counted as failed
-        if (waited := time.monotonic() - begun) > LONG_WAIT:
+        waited = time.monotonic() - begun
+        if waited > LONG_WAIT and self._is_main:
             log.warning(
                 f"step {step} waited {waited:.0f} s for the save before it: raise "
                 "checkpoint.interval, or name a faster checkpoint.folder"

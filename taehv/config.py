@@ -254,7 +254,16 @@ class Checkpoint:
     time_limit: int = 600
     """Seconds after which a save that is not done counts as failed."""
     resume: bool = True
-    """Go on from the newest complete checkpoint in the run's folder, if any."""
+    """Go on from the newest good checkpoint of the run, if any."""
+    resume_from: int | str = ""
+    """What to go on from in place of the newest: a step of this run, whose later
+    checkpoints are then set aside; or the folder of a checkpoint or run, where this run
+    has none of its own yet. The same command goes on from what it has saved since."""
+    allow_changed_data: bool = False
+    """Go on although the training files are not those that the run began with."""
+    export_interval: int = 0
+    """Steps between two exports of the averaged weights to export/step-N of the run's
+    folder; the last step always has one, in export. 0 is off."""
 
 
 @dataclass
@@ -335,6 +344,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "checkpoint.keep": (0, math.inf),
     "checkpoint.keep_every": (0, math.inf),
     "checkpoint.max_failures": (1, math.inf),
+    "checkpoint.export_interval": (0, math.inf),
     "checkpoint.time_limit": (1, 10**6),
     "validation.interval": (1, math.inf),
     "validation.clips": (0, math.inf),
@@ -342,6 +352,16 @@ LIMITS: dict[str, tuple[float, float]] = {
     "logging.interval": (1, math.inf),
 }
 """Smallest and largest value of the settings that are single numbers."""
+
+
+INDIFFERENT = {
+    *("job", "cache", "parallelism", "compile", "checkpoint", "validation", "logging"),
+    *("data.root", "data.annotations", "data.cache", "data.workers", "data.prefetch"),
+    *("model.checkpoint", "training.local_batch_size", "training.device"),
+    *("training.max_bad_steps",),
+}
+"""Sections and settings that do not change what a run computes, but for rounding, from
+the files that it is given."""
 
 
 def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
@@ -382,6 +402,28 @@ def dumps(config: Config) -> str:
         lines += [f"{key} = {_toml(value)}" for key, value in section.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def changes(before: str, now: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings by which a run would go on otherwise than it began.
+
+    Args:
+        before: settings as `dumps` has them, of an older version perhaps: what it does
+            not name has its default.
+        now: the settings of the same run today.
+
+    Returns:
+        Both values, by the name of the setting.
+    """
+    old = tomli.loads(before)
+    found = {}
+    for key in _types(now):
+        section, name = key.split(".")
+        if not {section, key} & INDIFFERENT:
+            value = old.get(section, {}).get(name, _get(Config(), key))
+            if value != _get(now, key):
+                found[key] = (value, _get(now, key))
+    return found
 
 
 def _toml(value: Any) -> str:

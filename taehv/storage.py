@@ -126,7 +126,10 @@ class HashedFiles(FileSystem):
                 yield stream
                 return
             hashed = _HashedStream(stream, self.is_local)
-            yield hashed  # type: ignore[misc]
+            try:
+                yield hashed  # type: ignore[misc]
+            except RuntimeError as error:  # torch.save's, which hides the cause
+                raise hashed.error or error from None
             hashed.close()
             name = os.path.basename(path).removesuffix(".tmp")
             self.entries[name] = {
@@ -141,11 +144,16 @@ class _HashedStream:
     def __init__(self, stream: IO[bytes], sync: bool) -> None:
         self.stream, self.sync = stream, sync
         self.digest, self.bytes, self.is_open = hashlib.sha256(), 0, True
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
         self.bytes += memoryview(data).nbytes
-        return self.stream.write(data)
+        try:
+            return self.stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def tell(self) -> int:
         return self.bytes

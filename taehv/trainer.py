@@ -20,10 +20,16 @@ from torch import Tensor
 
 from taehv.augment import Upload
 from taehv.cache import Cache, CacheDataset, cached_batches
-from taehv.checkpoint import load, load_weights, read_about, training_state
+from taehv.checkpoint import (
+    load,
+    load_weights,
+    read_about,
+    read_config,
+    training_state,
+)
 from taehv.checkpointer import Checkpointer, Saved, texts_beside
 from taehv.clips import Batch
-from taehv.config import Config, Model, dumps
+from taehv.config import Config, Model, changes, dumps
 from taehv.data import ClipDataset, validation_batches
 from taehv.distributed import (
     StopSignal,
@@ -293,11 +299,6 @@ class Trainer:
         return int(self.fingerprint[:15], 16)
 
     def _resume(self, origin: Folder) -> None:
-        if not self.config.checkpoint.resume:
-            raise UserError(
-                f"{self.checkpointer.folder} holds checkpoints of an earlier run and "
-                "checkpoint.resume is false: choose another --job.name, or delete them"
-            )
         state = self._state()
         expected = {key: value.item() for key, value in state["counts"].items()}
         variant = self.config.model.variant
@@ -308,21 +309,36 @@ class Trainer:
                 f"{variant}: take that, or choose another --job.name"
             )
         load(origin, state)
-        loaded = {key: int(value) for key, value in state["counts"].items()}
-        cures = {
+        loaded = {key: value.item() for key, value in state["counts"].items()}
+        self._check_unchanged(origin, loaded, expected)
+        self.counts = Counts(**{key: loaded[key] for key in asdict(self.counts)})
+        log.info(f"resuming from {origin}")
+
+    def _check_unchanged(
+        self, origin: Folder, before: dict[str, int], now: dict[str, int]
+    ) -> None:
+        """Refuse what makes resuming wrong, and name what changes the run's course."""
+        names = {
             "seed": "training.seed",
+            "sampler_version": "this program's sampler",
             "files": "the number of training files",
             "files_hash": "the list of training files",
-            "sampler_version": "this program's sampler",
         }
-        for key, name in cures.items():
-            if loaded[key] != expected[key]:
+        for key, name in names.items():
+            is_data = key.startswith("files")
+            if before[key] == now[key]:
+                continue
+            if not (is_data and self.config.checkpoint.allow_changed_data):
+                allow = ", set checkpoint.allow_changed_data" if is_data else ""
                 raise UserError(
-                    f"cannot go on from {origin}: {name} "
-                    "has changed since; take it back, or choose another --job.name"
+                    f"cannot go on from {origin}: {name} has changed since; take it "
+                    f"back{allow}, or choose another --job.name"
                 )
-        self.counts = Counts(loaded["step"], loaded["samples"], loaded["skipped"])
-        log.info(f"resuming from {origin}")
+            if self.world.is_main:
+                log.warning(f"{name} has changed since {origin}, as allowed")
+        changed = changes(read_config(origin), self.config)
+        for key, (old, new) in changed.items() if self.world.is_main else ():
+            log.warning(f"not the settings of {origin}: {key}: {old} -> {new}")
 
     def _save(self) -> None:
         texts = texts_beside(self._about(), dumps(self.config))
@@ -355,6 +371,8 @@ class Trainer:
                 # Saved first: a validation that fails or is killed costs itself.
                 if last or self.counts.step % config.checkpoint.interval == 0:
                     self._between_steps(self._save)
+                if self._is_exported():
+                    self._between_steps(self._export_step)
                 if last or self.counts.step % config.validation.interval == 0:
                     self._between_steps(self._validate)
             self._settle()
@@ -617,6 +635,20 @@ class Trainer:
         for suffix in (".pth", ".safetensors"):
             path = self.folder / "export" / (name + suffix)
             save_weights(path, weights, self._about())
+
+    def _export_step(self) -> None:
+        """Export on the way, where `_is_exported`; a failure costs that export."""
+        weights = self._whole_ema()
+        if self.world.is_main:
+            name = f"step-{self.counts.step}/{self.config.model.variant}"
+            try:
+                self._export(name, weights)
+            except OSError as error:
+                log.warning(f"cannot export {name} ({error}); training goes on")
+
+    def _is_exported(self) -> bool:
+        step, interval = self.counts.step, self.config.checkpoint.export_interval
+        return bool(interval) and step % interval == 0
 
     def _summary(self, bad_clips: int) -> str:
         folder, step, run = self.folder, self.counts.step, self.log

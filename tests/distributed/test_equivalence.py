@@ -15,13 +15,16 @@ STEPS = {
     "validation__interval": 100,
     "optim__lr": 1e-3,
 }
+FSDP = {"parallelism__mode": "fsdp"}
+HSDP = {"parallelism__mode": "hsdp", "parallelism__shard_size": 2}
+OFFLOAD = {**FSDP, "parallelism__cpu_offload": "true"}
 
 
 @pytest.fixture(scope="module")
 def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Twenty steps in one process."""
+    """Twenty steps in one process, with a checkpoint of step 10."""
     run = Run(tmp_path_factory.mktemp("reference"), videos, **STEPS)
-    run.finish()
+    run.finish(checkpoint__interval=10)
     return run
 
 
@@ -56,6 +59,53 @@ def test_same_losses(
             [record[key] for record in expected], rel=1e-5
         )
     assert expected[-1]["loss"] < expected[0]["loss"]
+
+
+def gone_on(origin: Run, step: int, output: Path, processes: int, form: dict) -> Run:
+    """A run of its own that begins at a step of another, and saves 4 steps later."""
+    run = Run(output, output, **STEPS, **form)
+    run.settings["data.root"] = origin.settings["data.root"]
+    folder = origin.folder / f"checkpoints/step-{step}"
+    told = run.finish(
+        processes, checkpoint__resume_from=folder, checkpoint__interval=step + 4
+    )
+    assert f"resuming from {folder}" in told
+    assert "not the settings of" not in told
+    return run
+
+
+def assert_same_course(run: Run, reference: Run, first: int) -> None:
+    found, expected = run.metrics(), reference.metrics()[first:]
+    assert [record["step"] for record in found] == list(range(first + 1, 21))
+    for key in ("loss", "grad_norm", "psnr"):
+        assert [record[key] for record in found] == pytest.approx(
+            [record[key] for record in expected], rel=1e-5
+        )
+    assert [r["samples"] for r in found] == [r["samples"] for r in expected]
+
+
+def test_one_to_two_to_one(reference: Run, tmp_path: Path) -> None:
+    two = gone_on(reference, 10, tmp_path / "two", 2, FSDP)
+    assert_same_course(two, reference, 10)
+    one = gone_on(two, 14, tmp_path / "one", 1, {})
+    assert_same_course(one, reference, 14)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("two", "four"),
+    [(FSDP, HSDP), (HSDP, FSDP), ({}, HSDP), (OFFLOAD, {})],
+    ids=["fsdp-hsdp", "hsdp-fsdp", "replicate-hsdp", "offload-replicate"],
+)
+def test_one_to_two_to_four_to_one(
+    reference: Run, tmp_path: Path, two: dict, four: dict
+) -> None:
+    run = gone_on(reference, 10, tmp_path / "two", 2, two)
+    assert_same_course(run, reference, 10)
+    run = gone_on(run, 14, tmp_path / "four", 4, four)
+    assert_same_course(run, reference, 14)
+    run = gone_on(run, 18, tmp_path / "one", 1, {})
+    assert_same_course(run, reference, 18)
 
 
 TEACHER = '''

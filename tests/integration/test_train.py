@@ -29,6 +29,7 @@ def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
         optim__ema_decay=0.9,
         checkpoint__interval=10,
         checkpoint__keep=2,
+        checkpoint__export_interval=15,
         validation__interval=15,
         logging__interval=5,
         data__workers=1,
@@ -84,6 +85,20 @@ def test_export_is_the_averaged_model(finished: tuple[Run, str]) -> None:
     assert metadata["latent_space"] == "own"
 
 
+def test_exports_on_the_way(finished: tuple[Run, str]) -> None:
+    run, _ = finished
+    last = run.folder / "export"
+    for name in ("taehv.pth", "taehv.safetensors"):
+        early, end = last / "step-15" / name, last / "step-30" / name
+        assert early.read_bytes() != end.read_bytes()
+    exports = [last / "step-15", last / "step-30", last]
+    early, end, final = (
+        TAEHV.from_pretrained(folder / "taehv.pth").state_dict() for folder in exports
+    )
+    assert all(torch.equal(final[key], end[key]) for key in final)
+    assert any(not torch.equal(final[key], early[key]) for key in final)
+
+
 def test_tensorboard(finished: tuple[Run, str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -94,6 +109,10 @@ def test_tensorboard(finished: tuple[Run, str]) -> None:
     assert losses[-1].value == pytest.approx(run.losses()[-1])
     for name in ("learning_rate", "grad_norm", "clips_per_second", "data_wait", "psnr"):
         assert events.Scalars(f"train/{name}")
+    for name in ("save_blocked_ms", "save_seconds"):
+        saved = events.Scalars(f"train/{name}")
+        assert [event.step for event in saved] == [10, 20, 30]
+        assert all(event.value > 0 for event in saved)
     assert [event.step for event in events.Scalars("validation/psnr")] == [0, 15, 30]
     clip = events.Images("validation/input_left_of_reconstruction")[-1]
     assert clip.encoded_image_string.startswith(b"GIF8")
@@ -109,27 +128,6 @@ def test_written_config_repeats_the_run(
     again.settings = {"config": config, "job.output_dir": tmp_path}
     again.finish(training__steps=30)
     assert again.metrics() == run.metrics()
-
-
-def test_killed_run_resumes_exactly(
-    finished: tuple[Run, str], videos: Path, tmp_path: Path
-) -> None:
-    reference, _ = finished
-    settings = {k.replace(".", "__"): v for k, v in reference.settings.items()}
-    settings["job__output_dir"] = tmp_path
-    run = Run(tmp_path, videos, **settings)
-    process = run.start()
-    process.wait_for(lambda: len(run.metrics()) >= 13)
-    process.kill()
-    before = len(run.metrics())
-    assert 13 <= before < 30
-    output = run.finish()
-    assert "resuming from" in output and "step-10" in output
-    assert run.metrics() == reference.metrics()
-    for file in ("taehv.safetensors", "taehv.pth"):
-        ours = TAEHV.from_pretrained(run.folder / "export" / file).state_dict()
-        theirs = TAEHV.from_pretrained(reference.folder / "export" / file).state_dict()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_stop_signal_saves_and_the_same_command_goes_on(
@@ -159,7 +157,15 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     process.send(signal.SIGTERM)
     output = process.end(seconds=60)
     assert "stopped at step 0" in output and "validation at" not in output
-    assert "resuming from" in run.finish()
+    less = {"data__annotations": tmp_path / "less.txt", "optim__lr": 2e-3}
+    (tmp_path / "less.txt").write_text("a.mp4\nb.mp4\nheld.mp4\n")
+    refused = run.finish(code=2, **less)
+    assert "the number of training files has changed since" in refused
+    output = run.finish(checkpoint__allow_changed_data="true", **less)
+    assert "resuming from" in output
+    assert "number of training files has changed" in output and "as allowed" in output
+    assert "step-0: optim.lr: 0.001 -> 0.002" in output
+    assert output.count("not the settings of") == 1
     records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
     assert [record["step"] for record in records] == [0, 3]
     # Of equal shapes, but of another latent space.

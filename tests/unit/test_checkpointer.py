@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from taehv.checkpoint import METADATA, State, load
-from taehv.checkpointer import Checkpointer, Saved
-from taehv.config import Checkpoint, Parallelism
+from taehv.checkpointer import Checkpointer, Saved, texts_beside
+from taehv.config import Checkpoint, Config, Parallelism, dumps
 from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.storage import MANIFEST, Folder, HashedFiles
@@ -236,6 +236,61 @@ def test_a_run_does_not_begin_anew_where_all_are_damaged(tmp_path: Path) -> None
         flip(tmp_path / f"step-{step}" / "__0_0.distcp")
     with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
         checkpointer.find()
+
+
+def resuming(folder: Path, origin: int | str, *steps: int) -> Checkpointer:
+    """Checkpoints of these steps, of a run that was told what to resume from."""
+    settings = Config(checkpoint=Checkpoint(keep=0, resume_from=origin))
+    checkpointer = Checkpointer(Folder(folder), settings.checkpoint)
+    for step in steps:
+        checkpointer.save(step, tensors(step + 0.5), texts_beside({}, dumps(settings)))
+    checkpointer.wait()
+    return checkpointer
+
+
+def test_resuming_from_a_step_sets_later_ones_aside(tmp_path: Path) -> None:
+    resuming(tmp_path, "", 1, 2, 3, 4)
+    checkpointer = resuming(tmp_path, 2)
+    assert value_in(checkpointer.find()) == 2.5
+    assert checkpointer.steps() == [1, 2]
+    assert {"step-3.aside", "step-4.aside"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_the_same_command_goes_on_from_what_it_saved_since(tmp_path: Path) -> None:
+    resuming(tmp_path, "", 1, 2, 9)
+    checkpointer = resuming(tmp_path, 2)
+    checkpointer.find()
+    resuming(tmp_path, 2, 3, 4)
+    assert str(checkpointer.find()) == f"{tmp_path}/step-4"
+    flip(tmp_path / "step-4/__0_0.distcp")
+    assert str(checkpointer.find()) == f"{tmp_path}/step-3"
+
+
+def test_resuming_from_a_step_that_is_not_there(tmp_path: Path) -> None:
+    resuming(tmp_path, "", 1, 2)
+    with pytest.raises(UserError, match=r"resume_from = 7 .*that is there \(1, 2\)"):
+        resuming(tmp_path, 7).find()
+
+
+def test_resuming_from_another_folder(tmp_path: Path) -> None:
+    resuming(tmp_path / "old/checkpoints", "", 1, 2)
+    for origin in (tmp_path / "old", tmp_path / "old/checkpoints/step-2"):
+        checkpointer = resuming(tmp_path / "new", str(origin))
+        assert str(checkpointer.find()) == f"{tmp_path}/old/checkpoints/step-2"
+        assert checkpointer.saved_step is None  # none of its own
+    resuming(tmp_path / "new", str(tmp_path / "old"), 3)
+    assert str(checkpointer.find()) == f"{tmp_path}/new/step-3"
+    flip(tmp_path / "old/checkpoints/step-2/__0_0.distcp")
+    with pytest.raises(UserError, match="checkpoint.resume_from: .* is altered"):
+        resuming(tmp_path / "newer", str(tmp_path / "old")).find()
+    with pytest.raises(UserError, match="has no complete checkpoint"):
+        resuming(tmp_path / "newer", str(tmp_path / "nowhere")).find()
+
+
+def test_not_resuming(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path, resume=False).find() is None
+    with pytest.raises(UserError, match="checkpoint.resume is false"):
+        checkpoints(tmp_path, 1, resume=False).find()
 
 
 # Elsewhere

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import taehv.config
-from taehv.config import LIMITS, Config, dumps, load_config
+from taehv.config import INDIFFERENT, LIMITS, Config, changes, dumps, load_config
 from taehv.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -97,6 +97,9 @@ UNUSUAL: dict[str, Any] = {
     "checkpoint.keep_every": 1000,
     "checkpoint.max_failures": 7,
     "checkpoint.time_limit": 30,
+    "checkpoint.resume_from": "outputs/before",
+    "checkpoint.allow_changed_data": True,
+    "checkpoint.export_interval": 50,
     "checkpoint.keep": 0,
     "checkpoint.resume": False,
     "validation.interval": 7,
@@ -155,6 +158,34 @@ def test_world_size_is_that_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 # Round trip
+
+
+def test_what_changes_the_course_of_a_run_is_named() -> None:
+    before = Config()
+    assert changes(dumps(before), Config()) == {}
+    now = load_config(["--optim.lr=0.5", "--data.stride=1,2", "--job.name=b"], 1)
+    now.data.root, now.parallelism.mode, now.logging.interval = "b", "fsdp", 3
+    assert changes(dumps(before), now) == {
+        "optim.lr": (1e-3, 0.5),
+        "data.stride": ([1, 3], [1, 2]),
+    }
+    # Written before there was such a setting: it had its default.
+    assert changes("[optim]\nlr = 0.5\n", now) == {"data.stride": ([1, 3], [1, 2])}
+
+
+def test_what_is_indifferent_is_there() -> None:
+    known = DEFAULTS.keys() | {key.split(".")[0] for key in DEFAULTS}
+    assert known >= INDIFFERENT
+
+
+def test_what_to_resume_from_is_a_step_or_a_folder() -> None:
+    for text, value in (
+        ("100", 100),
+        ("outputs/x", "outputs/x"),
+        ("s3://b/x", "s3://b/x"),
+    ):
+        config = load_config([f"--checkpoint.resume_from={text}"], 1)
+        assert config.checkpoint.resume_from == value
 
 
 def test_unusual_values_are_unusual() -> None:

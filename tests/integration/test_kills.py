@@ -1,0 +1,104 @@
+"""SIGKILL at any moment: the same command goes on to the same numbers, to the bit.
+
+tests/unit/test_cache.py kills precompute.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Run
+
+from taehv import TAEHV
+from taehv.storage import MANIFEST
+
+SETTINGS = {
+    "data__color_jitter": 0.2,
+    "data__workers": 1,
+    "optim__ema_decay": 0.9,
+    "checkpoint__interval": 3,
+    "checkpoint__keep": 2,
+    "validation__interval": 4,
+    "validation__clips": 16,
+}
+PHASES = ("save", "step", "validation")
+
+
+def is_saving(run: Run) -> bool:
+    folders = (run.folder / "checkpoints").glob("step-*")
+    return any(not (folder / MANIFEST).exists() for folder in folders)
+
+
+def kill_once(run: Run, phase: str, chance: random.Random) -> bool:
+    """Kill both processes in a phase of a step to come; False if the run has ended.
+
+    The phases follow one another at once, so that some kills hit the next.
+    """
+    done = len(run.metrics())
+    process = run.start(2)
+    ahead = chance.randint(1, 6)
+
+    def is_time() -> bool:
+        if "steps done" in process.output():
+            return True
+        steps = len(run.metrics())
+        if phase == "save":
+            return steps > 1 and is_saving(run)
+        is_due = phase == "step" or steps % SETTINGS["validation__interval"] == 0
+        # What is not in a checkpoint is done again, and not new.
+        return steps >= min(done + ahead, run.settings["training.steps"]) and is_due
+
+    process.wait_for(is_time, 240)
+    time.sleep(chance.uniform(0, 0.05))
+    has_ended = "steps done" in process.output()
+    process.kill()
+    return not has_ended
+
+
+def assert_killed_runs_equal(
+    videos: Path, folder: Path, kills: int, steps: int
+) -> dict[str, int]:
+    """Kill a run this many times on its way; returns how many hit what."""
+    chance = random.Random(kills)
+    reference = Run(folder / "whole", videos, training__steps=steps, **SETTINGS)
+    reference.finish(2)
+    done, hit = 0, dict.fromkeys((*PHASES, "incomplete checkpoint"), 0)
+    for number in range(kills + 5):
+        run = Run(folder / f"killed{number}", videos, training__steps=steps, **SETTINGS)
+        while done < kills:
+            phase = PHASES[done % len(PHASES)]
+            if not kill_once(run, phase, chance):
+                break
+            done += 1
+            hit[phase] += 1
+            hit["incomplete checkpoint"] += is_saving(run)
+        run.finish(2)
+        assert run.metrics() == reference.metrics()
+        assert_same_export(run, reference)
+        if done == kills:
+            return hit
+    raise AssertionError(f"the runs ended before they were killed: {hit}")
+
+
+def assert_same_export(run: Run, reference: Run) -> None:
+    for file in ("taehv.safetensors", "taehv.pth"):
+        ours = TAEHV.from_pretrained(run.folder / "export" / file).state_dict()
+        theirs = TAEHV.from_pretrained(reference.folder / "export" / file).state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_kill_amid_a_save(videos: Path, tmp_path: Path) -> None:
+    hit = assert_killed_runs_equal(videos, tmp_path, kills=1, steps=14)
+    assert hit["save"] == 1
+
+
+@pytest.mark.soak
+def test_forty_kills(videos: Path, tmp_path: Path) -> None:
+    hit = assert_killed_runs_equal(videos, tmp_path, kills=40, steps=100)
+    print(f"kills: {hit}")
+    assert sum(hit[phase] for phase in PHASES) == 40
+    assert hit["incomplete checkpoint"] >= 5
