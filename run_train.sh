@@ -46,6 +46,9 @@ if [ -n "${LOG_RANK:-}" ]; then
 fi
 # One process may use every core; more share them.
 cores=$(nproc)
+# Else processes that torchrun starts again meet the addresses of those before them
+# (pytorch/pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
 exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" \
     "${launch[@]}" train.py "${settings[@]}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import signal
 import statistics
@@ -17,16 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from runs import EAGER, FLAGSHIP, FSDP, OFFLOAD, ROOT, Form, Runs, wait_for
 
-ROOT = Path(__file__).parent.parent.parent
-FSDP = {"parallelism.mode": "fsdp"}
-OFFLOAD = {**FSDP, "parallelism.cpu_offload": "true"}
-EAGER = {"compile.enable": "false"}
 SAVES = {"checkpoint.interval": 10, "checkpoint.keep": 2}
 EARLY = 10
 TOLERANCE = 0.03
@@ -36,15 +30,6 @@ Later the smallest difference grows; compare the last half with that of another 
 """
 FLAGSHIP_STEPS = 60
 KILL_AFTER = 20
-
-
-@dataclass
-class Form:
-    """One way to train: its name, processes and settings."""
-
-    name: str
-    processes: int
-    settings: dict[str, object]
 
 
 def forms(most: int) -> list[Form]:
@@ -75,83 +60,12 @@ def forms(most: int) -> list[Form]:
     return one + (many if most > 1 else [])
 
 
-class Check:
+class Check(Runs):
     """The runs of one check, in a folder of their own."""
 
     def __init__(self, clips: Path, output: Path, steps: int, cpu: bool) -> None:
-        self.output, self.cpu = output, cpu
-        self.base = {
-            "data.root": clips,
-            "data.holdout": "bikes*,carphone*",
-            "job.output_dir": output,
-            "training.steps": steps,
-            "training.global_batch_size": 16,
-            "data.frames": 13,
-            "data.height": 128,
-            "data.width": 128,
-            "data.crops_per_window": 8,
-            "validation.clips": 0,
-            "checkpoint.interval": 10**6,
-            "logging.interval": 1,
-            # Low, since a high rate makes a chaos of the smallest difference.
-            "optim.lr": 1e-4,
-        }
-        if cpu:
-            self.base |= {
-                "training.device": "cpu",
-                "training.global_batch_size": 4,
-                "data.crops_per_window": 1,
-                "data.frames": 5,
-                "data.height": 16,
-                "data.width": 16,
-                "data.workers": 0,
-            }
-
-    def command(self, form: Form, *config: str, **more: object) -> list[str]:
-        """The command line of a form."""
-        settings = {**self.base, "job.name": form.name, **form.settings, **more}
-        if self.cpu and "training.local_batch_size" in settings:
-            settings["training.local_batch_size"] = 2
-        return [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", str(form.processes), str(ROOT / "train.py"), *config),
-            *(f"--{key}={value}" for key, value in settings.items()),
-        ]
-
-    def start(
-        self, form: Form, *config: str, gpu: int | None = None, **more: object
-    ) -> subprocess.Popen[str]:
-        """Train in this form, on one GPU or on all."""
-        environment = dict(os.environ)
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        return subprocess.Popen(
-            self.command(form, *config, **more),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-
-    def finish(self, form: Form, process: subprocess.Popen[str]) -> str:
-        """Wait for a run; a failure ends the check."""
-        output, _ = process.communicate()
-        if process.returncode:
-            sys.exit(f"{form.name} failed:\n{output}")
-        return output
-
-    def losses(self, name: str) -> list[float]:
-        """The loss of every step of a run."""
-        lines = (self.output / name / "metrics.jsonl").open()
-        return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
-
-    def scalars(self, name: str, tag: str) -> list[float]:
-        """The values of one curve in TensorBoard, none if there is no such curve."""
-        events = EventAccumulator(str(self.output / name / "tensorboard")).Reload()
-        if f"train/{tag}" not in events.Tags()["scalars"]:
-            return []
-        return [event.value for event in events.Scalars(f"train/{tag}")]
+        # Low, since a high rate makes a chaos of the smallest difference.
+        super().__init__(clips, output, steps, cpu, {"optim.lr": 1e-4})
 
     def row(self, form: Form, reference: list[float]) -> tuple[str, float]:
         """A line of the table, and how far the first losses are from the reference."""
@@ -163,15 +77,14 @@ class Check:
         difference = abs(
             statistics.mean(losses[half:]) / statistics.mean(reference[half:]) - 1
         )
-        clips = statistics.median(self.scalars(form.name, "clips_per_second")[half:])
-        wait = statistics.median(self.scalars(form.name, "data_wait")[half:])
+        speed = self.speed(form.name)
+        clips = speed.clips_per_second
         step = int(self.base["training.global_batch_size"]) / clips * 1000
-        memory = 0.0 if self.cpu else self.scalars(form.name, "memory_gib")[-1]
-        host = self.scalars(form.name, "host_memory_gib")[-1]
         cells = f"{form.name:26} {losses[0]:.5f} {losses[-1]:.5f} {early:8.2%}"
         cells += f" {difference:8.2%}"
         return (
-            f"{cells} {step:8.1f} {clips:8.1f} {wait:6.1%} {memory:8.2f} {host:6.2f}",
+            f"{cells} {step:8.1f} {clips:8.1f} {speed.data_wait:6.1%} "
+            f"{speed.gpu_gib:8.2f} {speed.host_gib:6.2f}",
             early,
         )
 
@@ -186,8 +99,9 @@ class Check:
 
     def flagship(self, most: int) -> None:
         """Train, kill, resume on one process, convert, load, encode and decode."""
-        form = Form("flagship", most, self.flagship_settings(most))
-        config = ("--config", str(ROOT / "train_configs/taehv.toml"))
+        settings = self.flagship_settings(most, FLAGSHIP_STEPS)
+        settings |= {"checkpoint.interval": KILL_AFTER, "validation.clips": 4}
+        form, config = Form("flagship", most, settings), FLAGSHIP
         folder = self.output / form.name
         process = self.start(form, *config)
         wait_for(folder / f"checkpoints/step-{KILL_AFTER}/manifest.json", process)
@@ -214,23 +128,6 @@ class Check:
         )
         print(*[line for line in output.splitlines() if "latents:" in line], sep="\n")
 
-    def flagship_settings(self, most: int) -> dict[str, object]:
-        """What differs from train_configs/taehv.toml: smaller, and nothing fetched."""
-        teacher, weights = self.output / "cogvideox", self.output / "taecvx.pth"
-        settings: dict[str, object] = {"model.checkpoint": weights}
-        settings |= {"teacher.path": teacher, "training.steps": FLAGSHIP_STEPS}
-        # 2 clips at a time, 2 times, as on 8 GPUs.
-        settings |= {"training.global_batch_size": 4 * most}
-        settings |= {"checkpoint.interval": KILL_AFTER, "validation.clips": 4}
-        settings |= {"data.frames": 16, "data.crops_per_window": 2}
-        if self.cpu:
-            settings |= {"data.frames": 8, "training.precision": "fp32", **EAGER}
-            settings |= {"training.global_batch_size": 4, "data.crops_per_window": 1}
-        script = (ROOT / "tests/gpu/random_weights.py", teacher, weights)
-        small = ["--small"] if self.cpu else []
-        subprocess.run([sys.executable, *map(str, script), *small], check=True)
-        return settings
-
     def encode_and_decode(self, weights: Path) -> str:
         """Use converted weights as their users do."""
         from taehv import TAEHV
@@ -243,14 +140,6 @@ class Check:
             decoded_NTCHW = model.decode_video(latents_NTCHW)
         assert decoded_NTCHW.isfinite().all()
         return f"{tuple(latents_NTCHW.shape)} -> {tuple(decoded_NTCHW.shape)}"
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    """Until a file is there; a process that ends before ends the check."""
-    while not path.exists():
-        if process.poll() is not None:
-            sys.exit(f"ended before {path.parent.name}:\n{process.communicate()[0]}")
-        time.sleep(0.05)
 
 
 def compare(check: Check, most: int) -> float:
