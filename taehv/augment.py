@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from taehv.clips import Batch
+from taehv.clips import Batch, Degradation
 
 
 def color_transform(strength: float, draws: list[float]) -> np.ndarray:
@@ -46,15 +47,24 @@ def to_frames(
 ) -> Tensor:
     """Frames on `device`: `frames_NTCHW` in [0, 1], colour transform applied.
 
-    The memory stays in NTHWC order (channels last); without colour the values are
-    exactly uint8 / 255.
+    Blur and noise follow where the batch asks for them. The memory stays in NTHWC
+    order (channels last); without any of it the values are exactly uint8 / 255.
     """
     frames_NTHWC = batch.frames_NTHWC.to(device, non_blocking=True)
-    if _is_identity(batch.color_N34):
+    has_color, has_more = not _is_identity(batch.color_N34), any(batch.degradations)
+    if not has_color and not has_more:
         return (frames_NTHWC.to(dtype) / 255).permute(0, 1, 4, 2, 3)
-    color_N34 = batch.color_N34.to(device, non_blocking=True)
-    red, green, blue, bias = color_N34[:, None, None, None].unbind(-1)
     frames_NTHWC = frames_NTHWC.float() / 255
+    if has_color:
+        color_N34 = batch.color_N34.to(device, non_blocking=True)
+        frames_NTHWC = _recolored(frames_NTHWC, color_N34)
+    if has_more:
+        frames_NTHWC = _degraded(frames_NTHWC, batch.degradations)
+    return frames_NTHWC.to(dtype).permute(0, 1, 4, 2, 3)
+
+
+def _recolored(frames_NTHWC: Tensor, color_N34: Tensor) -> Tensor:
+    red, green, blue, bias = color_N34[:, None, None, None].unbind(-1)
     # Written out: a matrix product would run in TF32 or bf16 where those are on.
     mixed_NTHWC = (
         red * frames_NTHWC[..., 0:1]
@@ -62,7 +72,58 @@ def to_frames(
         + blue * frames_NTHWC[..., 2:3]
         + bias
     )
-    return mixed_NTHWC.clamp(0, 1).to(dtype).permute(0, 1, 4, 2, 3)
+    return mixed_NTHWC.clamp(0, 1)
+
+
+def _degraded(
+    frames_NTHWC: Tensor, degradations: Sequence[Degradation | None]
+) -> Tensor:
+    """Blurred and noisy, each clip as it asks, whatever the others of the batch."""
+    sigmas = [d.blur if d else 0.0 for d in degradations]
+    if any(sigmas):
+        taps = [_gaussian(sigma, math.ceil(3 * max(sigmas))) for sigma in sigmas]
+        weights_NK = torch.tensor(taps, device=frames_NTHWC.device)
+        for dimension in (2, 3):
+            frames_NTHWC = _filtered(frames_NTHWC, weights_NK, dimension)
+    noisy = [i for i, d in enumerate(degradations) if d and d.noise]
+    if not noisy:
+        return frames_NTHWC
+    device = frames_NTHWC.device
+    generator = torch.Generator(device)
+    frames_NTHWC = frames_NTHWC.clone()
+    for i in noisy:
+        generator.manual_seed(degradations[i].seed)
+        shape = frames_NTHWC.shape[1:]
+        noise_THWC = torch.randn(shape, generator=generator, device=device)
+        frames_NTHWC[i] += degradations[i].noise * noise_THWC
+    return frames_NTHWC.clamp(0, 1)
+
+
+def _gaussian(sigma: float, radius: int) -> list[float]:
+    """Weights from -radius to radius; none beyond 3 sigma, so that a larger radius
+    changes nothing."""
+    reach = math.ceil(3 * sigma)
+    offsets = range(-radius, radius + 1)
+    weights = [
+        math.exp(-0.5 * (i / sigma) ** 2) if abs(i) <= reach and sigma else float(not i)
+        for i in offsets
+    ]
+    total = sum(w for i, w in zip(offsets, weights, strict=True) if abs(i) <= reach)
+    return [weight / total for weight in weights]
+
+
+def _filtered(frames_NTHWC: Tensor, weights_NK: Tensor, dimension: int) -> Tensor:
+    """Weighted sum of shifted frames; the border repeats."""
+    size, radius = frames_NTHWC.shape[dimension], weights_NK.shape[1] // 2
+    places = torch.arange(size, device=frames_NTHWC.device)
+    sum_NTHWC = torch.zeros_like(frames_NTHWC)
+    for offset, weight_N in zip(
+        range(-radius, radius + 1), weights_NK.unbind(1), strict=True
+    ):
+        shifted = (places + offset).clamp(0, size - 1)
+        shifted_NTHWC = frames_NTHWC.index_select(dimension, shifted)
+        sum_NTHWC += weight_N[:, None, None, None, None] * shifted_NTHWC
+    return sum_NTHWC
 
 
 class Upload:

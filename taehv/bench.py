@@ -29,7 +29,7 @@ from taehv.distributed import (
     uses_cuda_graph,
 )
 from taehv.errors import UserError
-from taehv.files import build_file_lists
+from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.losses import Targets
 from taehv.measure import Cost, Limits, Report

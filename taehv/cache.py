@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from taehv.config import Data
 from taehv.errors import UserError
 from taehv.files import FileList
 from taehv.loader import worker_count
-from taehv.sampler import CACHED_CROP, draw, permute
+from taehv.sampler import CACHED_CROP, Buckets, draw, permute
 from taehv.variants import VARIANTS, Variant
 
 log = logging.getLogger("taehv")
@@ -707,18 +708,38 @@ class CacheDataset(Dataset):
     A crop is uniform over the places in height and width that latents allow, and over
     those in time, but that at least FIRST_SHARE of the clips begin where their window
     does; in the others the first `data.lead_in` latents are not judged. Windows from
-    which no clip of this size can be cut are left out. Raises UserError if all are.
+    which some clip cannot be cut are left out. Raises UserError if all are.
+
+    Args:
+        data: section [data].
+        windows: to cut clips from.
+        seed: of every draw.
+        buckets: of `data.shapes`; None for clips of the one usual shape.
     """
 
-    def __init__(self, data: Data, windows: Windows, seed: int) -> None:
+    def __init__(
+        self, data: Data, windows: Windows, seed: int, buckets: Buckets | None = None
+    ) -> None:
         self.data = data
-        self.windows = _fitting(data, windows)
+        self.buckets = buckets
+        shapes = data.shapes if buckets else [data.usual_shape]
+        self._shaped = [data.shaped(shape) for shape in shapes]
+        self.windows = windows
+        for shaped in self._shaped:
+            self.windows = _fitting(shaped, self.windows)
         self.seed = seed
 
     @property
     def clip_bytes(self) -> int:
-        """Size of a clip's frames and latents."""
-        data, variant = self.data, self.windows.variant
+        """Size of a clip's frames and latents; of buckets, their share of a batch."""
+        sizes = [self._clip_bytes(shaped) for shaped in self._shaped]
+        if self.buckets is None:
+            return sizes[0]
+        batches = map(operator.mul, sizes, self.buckets.clips)
+        return max(batches) // self.buckets.usual_clips
+
+    def _clip_bytes(self, data: Data) -> int:
+        variant = self.windows.variant
         area, space = data.height * data.width, variant.space_factor
         latents = variant.latents_of(data.frames) * variant.latent_channels
         return data.frames * area * 3 + latents * area // space**2 * 2
@@ -743,7 +764,8 @@ class CacheDataset(Dataset):
         self, g: int, window: tuple[int, int, int]
     ) -> tuple[int, tuple[slice, slice, slice], tuple[slice, slice, slice]]:
         """Latents not judged, and slices of the frames and of the latents."""
-        data, variant = self.data, self.windows.variant
+        bucket = self.buckets.of_sample(g) if self.buckets else 0
+        data, variant = self._shaped[bucket], self.windows.variant
         space = variant.space_factor
         first, later, y, x = draw(self.seed, g, 0, CACHED_CROP, 4)
         starts = variant.crop_starts(variant.latents_of(window[0]), data.frames)

@@ -26,11 +26,41 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What the decoding of a window took, with all that failed before it."""
+
+    source: str
+    """The set of videos that it is of."""
+    worker: int
+    seconds: float
+    packets: int
+    """Given to the decoder."""
+    frames: int
+    """That were asked for."""
+    clips: int
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """What is done to a clip's frames after the colour, on the device.
+
+    Gaussian blur of a standard deviation in pixels, then Gaussian noise of one in
+    units of the range of values.
+    """
+
+    blur: float
+    noise: float
+    seed: int
+    """Of the noise."""
+
+
+@dataclass(frozen=True)
 class Clip:
     """One sample: uint8 RGB frames, and the colour transform still to be applied.
 
     `color_34` is a 3x3 matrix and a bias for RGB in [0, 1]. `failures` are the files
-    that were tried before `source`. A clip from a cache has the teacher's float16
+    that were tried before `source`. The first clip of a window tells the `work` of all
+    of them. A clip from a cache has the teacher's float16
     latents, of which the first `lead` are not judged.
     """
 
@@ -41,6 +71,8 @@ class Clip:
     failures: tuple[Failure, ...] = ()
     latents_TCHW: np.ndarray | None = None
     lead: int = 0
+    degradation: Degradation | None = None
+    work: Work | None = None
 
 
 @dataclass
@@ -60,6 +92,8 @@ class Batch:
     lead_N: Tensor
     latents_NTCHW: Tensor | None = None
     teacher_psnr_N: Tensor | None = None
+    degradations: tuple[Degradation | None, ...] = ()
+    work: tuple[Work, ...] = ()
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader when it pins."""
@@ -104,6 +138,8 @@ def collate(samples: list[Clip | Failure]) -> Batch:
         failures=failures,
         lead_N=torch.tensor([clip.lead for clip in clips], dtype=torch.int64),
         latents_NTCHW=_stacked_latents(clips),
+        degradations=tuple(clip.degradation for clip in clips),
+        work=tuple(clip.work for clip in clips if clip.work is not None),
     )
 
 

@@ -19,9 +19,9 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, Literal, NamedTuple, NoReturn, Union
 
 import tomli
 
@@ -74,13 +74,48 @@ class Teacher:
     is for minimax_h3 only (tiles of 256 pixels)."""
 
 
+class Shape(NamedTuple):
+    """Of a training clip, and how often it comes relative to others."""
+
+    frames: int
+    height: int
+    width: int
+    weight: float = 1.0
+
+    @property
+    def pixels(self) -> int:
+        """Of a whole clip."""
+        return self.frames * self.height * self.width
+
+
 @dataclass
 class Data:
     root: str = ""
-    """Folder of videos, searched recursively; relative paths start here."""
+    """Folder of videos, searched recursively, or a glob of such ("/data/*/good");
+    relative paths start here."""
     annotations: str = ""
-    """Optional list of the videos to use: annotation .json, or .txt with a path a
-    line; empty takes every video under root."""
+    """Optional list of the videos to use: annotation .json, .jsonl or .csv, or .txt
+    with a path a line; empty takes every video under root."""
+    sources: list[str] = field(default_factory=list)
+    """Several sets of videos to mix, in place of root and annotations: folders, globs
+    and lists."""
+    weights: list[float] = field(default_factory=list)
+    """Share of each of the sources in the samples; empty: equal ones."""
+    images: bool = False
+    """Take still images under root and sources too, as clips that stand still."""
+    index: str = ""
+    """Folder for what is known of every file, written by python -m taehv.data index or
+    at the start of the first run; bad files are then left out from the start, and
+    nothing is searched again. Empty keeps no index."""
+    min_size: int = 0
+    """Shortest side in pixels that a file must have; this filter and the next three
+    need the index."""
+    min_frames: int = 0
+    """Frames that a file must have."""
+    min_rate: float = 0.0
+    """Frames a second that a file must have."""
+    aspect: list[float] = field(default_factory=list)
+    """Smallest and largest width / height that a file may have; empty: any."""
     holdout: list[str] = field(default_factory=list)
     """Files kept for validation, as patterns on the path relative to root
     (["test/*", "a.mp4"]); empty keeps holdout_fraction."""
@@ -110,15 +145,53 @@ class Data:
     color_jitter: float = 0.0
     """Strength of the random brightness, contrast, saturation and hue of a clip;
     0 is off, 0.2 is mild. In a cache it is applied once, by precompute."""
+    blur: float = 0.0
+    """Largest standard deviation in pixels of a Gaussian blur, drawn for each clip; the
+    student learns to reproduce the blurred frames, which the teacher sees too."""
+    noise: float = 0.0
+    """Largest standard deviation of Gaussian noise in frames of 0 to 1, drawn for each
+    clip, and to be reproduced too."""
     crops_per_window: int = 1
     """Random crops taken from one decoded window, or from one of the cache; more are
     cheaper but less diverse.
     Must divide the batch of one process."""
+    buckets: list[list[float]] = field(default_factory=list)
+    """Several shapes of clips, [frames, height, width, weight] each; a step has one of
+    them, by the weights, and as many clips as hold its pixels at those of a batch of
+    frames x height x width. Empty: that shape alone."""
+    batch_multiple: int = 1
+    """What the clips of a step in a bucket are a multiple of; the processes times the
+    forward passes in a step, times crops_per_window, must divide it."""
     workers: int = -1
     """Decoding processes of each rank; -1 chooses from the CPU cores, 0 decodes in
     the training process."""
     prefetch: int = 2
     """Batches that each worker prepares ahead."""
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """The shapes of training clips: the buckets, or the only one."""
+        if not self.buckets:
+            return [self.usual_shape]
+        return [Shape(*map(int, sizes), weight) for *sizes, weight in self.buckets]
+
+    @property
+    def usual_shape(self) -> Shape:
+        """Of clips where there are no buckets, and of those to validate on."""
+        return Shape(self.frames, self.height, self.width)
+
+    def shaped(self, shape: Shape) -> Data:
+        """The same settings, for clips of one shape alone."""
+        sizes = {"frames": shape.frames, "height": shape.height, "width": shape.width}
+        return replace(self, **sizes, buckets=[])
+
+    def clips_of(self, shape: Shape, clips: int) -> int:
+        """Clips of a shape that hold about the pixels of `clips` of the usual one."""
+        if not self.buckets:
+            return clips
+        pixels = clips * self.usual_shape.pixels
+        times = pixels // shape.pixels // self.batch_multiple
+        return max(1, times) * self.batch_multiple
 
 
 @dataclass
@@ -138,6 +211,19 @@ class Cache:
     """Windows in one file of the cache, the unit that an interrupted run redoes."""
     batch_size: int = 4
     """Windows that the teacher encodes at a time."""
+
+
+@dataclass
+class Proxy:
+    folder: str = ""
+    """Folder for the smaller copies, under the paths that the videos have under
+    data.root, which is then set to it."""
+    height: int = 360
+    """Shorter side of a copy, in pixels; smaller videos keep their size."""
+    keyframe_interval: int = 12
+    """Frames from one keyframe to the next."""
+    crf: int = 18
+    """Quality of H.264: 18 looks like the original, 23 is half the size."""
 
 
 @dataclass
@@ -295,6 +381,7 @@ class Config:
     teacher: Teacher = field(default_factory=Teacher)
     data: Data = field(default_factory=Data)
     cache: Cache = field(default_factory=Cache)
+    proxy: Proxy = field(default_factory=Proxy)
     training: Training = field(default_factory=Training)
     optim: Optim = field(default_factory=Optim)
     loss: Loss = field(default_factory=Loss)
@@ -305,6 +392,7 @@ class Config:
     logging: Logging = field(default_factory=Logging)
 
 
+MAX_BUCKETS = 8
 LIMITS: dict[str, tuple[float, float]] = {
     "data.holdout_fraction": (0, 1),
     "data.lead_in": (0, math.inf),
@@ -315,13 +403,22 @@ LIMITS: dict[str, tuple[float, float]] = {
     "data.color_jitter": (0, 1),
     "data.crops_per_window": (1, math.inf),
     "data.workers": (-1, math.inf),
+    "data.blur": (0, 16),
+    "data.noise": (0, 1),
     "data.prefetch": (1, math.inf),
+    "data.min_size": (0, math.inf),
+    "data.min_frames": (0, math.inf),
+    "data.min_rate": (0, math.inf),
+    "data.batch_multiple": (1, math.inf),
     "cache.windows": (1, math.inf),
     "cache.frames": (1, math.inf),
     "cache.height": (1, math.inf),
     "cache.width": (1, math.inf),
     "cache.shard_windows": (1, math.inf),
     "cache.batch_size": (1, math.inf),
+    "proxy.height": (16, math.inf),
+    "proxy.keyframe_interval": (1, math.inf),
+    "proxy.crf": (0, 51),
     "training.steps": (1, math.inf),
     "training.seed": (0, 2**63 - 1),
     "training.global_batch_size": (1, math.inf),
@@ -357,6 +454,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 INDIFFERENT = {
     *("job", "cache", "parallelism", "compile", "checkpoint", "validation", "logging"),
     *("data.root", "data.annotations", "data.cache", "data.workers", "data.prefetch"),
+    *("data.sources", "data.index", "proxy"),
     *("model.checkpoint", "training.local_batch_size", "training.device"),
     *("training.max_bad_steps",),
 }
@@ -446,11 +544,18 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"model.variant = {name!r} is unknown{_nearest(name, VARIANTS)}"
         )
+    _check_clips(config)
+    _check_sources(config.data)
+    _check_buckets(config)
+    _check_graph(config)
+    _check_patience(config.validation)
+
+
+def _check_clips(config: Config) -> None:
+    """Reject clips of a shape or with settings that do not go together."""
     check_size(config, "data")
     _check_teacher(config)
     _check_ranges(config)
-    _check_graph(config)
-    _check_patience(config.validation)
     if config.data.cache:
         check_frames(config, "data")
         _check_lead_in(config)
@@ -480,6 +585,51 @@ def check_frames(config: Config, section: str) -> None:
         raise UserError(
             f"{section}.frames = {frames} is no length that latents of {name} decode "
             f"to, which a cache needs: take {legal}"
+        )
+
+
+def _check_buckets(config: Config) -> None:
+    data = config.data
+    for bucket in data.buckets:
+        sizes, weight = bucket[:-1], bucket[-1:]
+        whole = all(size >= 1 and size == int(size) for size in sizes)
+        if len(bucket) != 4 or not whole or weight[0] <= 0:
+            raise UserError(
+                f"data.buckets has {bucket}, which must be frames, height and width as "
+                "whole numbers and a weight above 0"
+            )
+    if len(data.buckets) > MAX_BUCKETS:
+        raise UserError(
+            f"data.buckets has {len(data.buckets)} shapes, each of which is compiled "
+            f"on its own: take {MAX_BUCKETS} or fewer"
+        )
+    for shape in data.shapes if data.buckets else []:
+        try:
+            _check_clips(replace(config, data=data.shaped(shape)))
+        except UserError as error:
+            raise UserError(f"data.buckets has {list(shape)}: {error}") from None
+
+
+def _check_sources(data: Data) -> None:
+    if data.weights and (
+        len(data.weights) != len(data.sources) or min(data.weights) <= 0
+    ):
+        raise UserError(
+            f"data.weights = {data.weights} must be a number above 0 for each of the "
+            f"{len(data.sources)} data.sources"
+        )
+    filters = ("min_size", "min_frames", "min_rate", "aspect")
+    for name in filters:
+        if getattr(data, name) and not data.index:
+            raise UserError(
+                f"data.{name} needs to know every file: set data.index to a folder to "
+                "keep that in"
+            )
+    aspect = data.aspect
+    if aspect and (len(aspect) != 2 or not 0 < aspect[0] <= aspect[1]):
+        raise UserError(
+            f"data.aspect = {aspect} must be two numbers, smallest and largest width / "
+            "height"
         )
 
 
@@ -575,6 +725,16 @@ def _check_batch(config: Config, world_size: int) -> None:
             f"each of {world_size} processes has of global_batch_size = {batch}"
         )
     crops = config.data.crops_per_window
+    parts = world_size * (share // (local or share))
+    for shape in config.data.shapes if config.data.buckets else []:
+        clips = config.data.clips_of(shape, batch)
+        if clips % (parts * crops):
+            raise UserError(
+                f"data.buckets has {list(shape)}, of which a step takes {clips} clips: "
+                f"that must be a multiple of {parts * crops} (processes, times forward "
+                "passes in a step, times data.crops_per_window): set "
+                f"data.batch_multiple to {parts * crops}"
+            )
     if (local or share) % crops:
         raise UserError(
             f"data.crops_per_window = {crops} must divide the {local or share} clips "

@@ -1,25 +1,45 @@
 """Training and validation clips from video files.
 
 A sample is a pure function of (seed, global sample number); see taehv/sampler.py.
+
+    python -m taehv.data index --data.root FOLDER --data.index FOLDER
+    python -m taehv.data proxy --data.root FOLDER --proxy.folder FOLDER
+
+find out what is known of every file, and write smaller copies that decode faster.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from taehv.augment import color_transform
-from taehv.clips import Batch, Clip, Failure, collate
-from taehv.config import Data
-from taehv.errors import UserError
-from taehv.files import FileList
-from taehv.loader import worker_count
-from taehv.sampler import CROP, WINDOW, draw, permute
-from taehv.video import Crop, VideoError, decode_window
+from taehv.clips import Batch, Clip, Degradation, Failure, Work, collate
+from taehv.config import Data, Shape, read_config
+from taehv.errors import UserError, run_command
+from taehv.files import Files
+from taehv.index import index_command
+from taehv.loader import worker_count, worker_number
+from taehv.proxy import proxy_command
+from taehv.sampler import (
+    CROP,
+    DEGRADED,
+    SOURCES,
+    WINDOW,
+    Buckets,
+    Shares,
+    draw,
+    permute,
+)
+from taehv.video import Crop, Tally, VideoError, decode_window
 
 ATTEMPTS = 16
 
@@ -27,24 +47,41 @@ ATTEMPTS = 16
 class ClipDataset(Dataset):
     """Training clips by global sample number, the same on every machine.
 
-    With K crops a window, sample g is crop g % K of window g // K. A window's file,
-    start and stride come from the window's random numbers; box, flip and colour from
-    the sample's.
+    With K crops a window, sample g is crop g % K of window g // K. A window's source
+    follows from its number and the sources' shares; its file, start and stride from
+    its random numbers; box, flip, colour, blur and noise from the sample's; its shape
+    from the bucket that the sample is in.
+
+    Args:
+        data: section [data].
+        files: to take clips from.
+        seed: of every draw.
+        buckets: of `data.shapes`; None for clips of the one usual shape.
     """
 
-    def __init__(self, data: Data, files: FileList, seed: int) -> None:
+    def __init__(
+        self, data: Data, files: Files, seed: int, buckets: Buckets | None = None
+    ) -> None:
         self.files = files
         self.data = data
         self.seed = seed
+        self.buckets = buckets
+        self._shares = Shares(files.weights, seed ^ SOURCES)
 
     @property
     def clip_bytes(self) -> int:
-        """Size of a clip's frames."""
-        return self.data.frames * self.data.height * self.data.width * 3
+        """Size of a clip's frames; of buckets, their share of the largest batch."""
+        usual = self.data.frames * self.data.height * self.data.width * 3
+        if self.buckets is None:
+            return usual
+        pairs = zip(self.data.shapes, self.buckets.clips, strict=True)
+        largest = max(shape.pixels * clips for shape, clips in pairs)
+        return largest * 3 // self.buckets.usual_clips
 
     def mapped(self, folder: str) -> ClipDataset:
         """The same with a memory-mapped file list; see ClipSource."""
-        return ClipDataset(self.data, self.files.save(folder), self.seed)
+        files = self.files.save(folder)
+        return ClipDataset(self.data, files, self.seed, self.buckets)
 
     def __getitem__(self, g: int) -> Clip:
         return self.__getitems__([g])[0]
@@ -58,47 +95,83 @@ class ClipDataset(Dataset):
         windows = itertools.groupby(numbers, key=lambda g: g // crops_per_window)
         return [clip for window, gs in windows for clip in self._window(window, [*gs])]
 
+    def shape(self, g: int) -> Shape:
+        """Of sample g."""
+        data = self.data
+        if self.buckets is None:
+            return Shape(data.frames, data.height, data.width)
+        return data.shapes[self.buckets.of_sample(g)]
+
     def _window(self, window: int, numbers: list[int]) -> list[Clip]:
-        crops, colors = zip(*map(self._augmentation, numbers), strict=True)
+        begin, tally = time.perf_counter(), Tally()
+        shape = self.shape(numbers[0])
+        changes = [self._augmentation(g, shape) for g in numbers]
+        crops = [crop for crop, _, _ in changes]
+        part, turn = self._shares.part(window)
         failures: list[Failure] = []
         for attempt in range(ATTEMPTS):
-            path, position, stride = self._place(window, attempt)
+            path, position, stride = self._place(part, turn, window, attempt)
             try:
                 clips = decode_window(
-                    path, position, self.data.frames, stride, list(crops)
+                    path, position, shape.frames, stride, crops, tally
                 )
             except VideoError as error:
                 failures.append(Failure(path, str(error), numbers[0]))
                 continue
-            told = [tuple(failures)] + [()] * (len(clips) - 1)
-            sources = [path] * len(clips)
-            return list(map(Clip, clips, colors, numbers, sources, told))
+            seconds = time.perf_counter() - begin
+            work = Work(
+                self.files.parts[part].base,
+                worker_number(),
+                seconds,
+                tally.packets,
+                shape.frames,
+                len(clips),
+            )
+            made = [
+                Clip(clip, color, g, path, degradation=degradation)
+                for clip, (_, color, degradation), g in zip(
+                    clips, changes, numbers, strict=True
+                )
+            ]
+            made[0] = replace(made[0], failures=tuple(failures), work=work)
+            return made
         raise UserError(
             f"no usable file in {ATTEMPTS} attempts, check the videos under "
-            f"{self.files.base}: {failures[-1].reason}"
+            f"{self.files.parts[part].base}: {failures[-1].reason}"
         )
 
-    def _place(self, window: int, attempt: int) -> tuple[str, float, int]:
+    def _place(
+        self, part: int, turn: int, window: int, attempt: int
+    ) -> tuple[str, float, int]:
         """File, position and stride; a replacement's file is drawn freely."""
         other, position, step = draw(self.seed, window, attempt, WINDOW, 3)
-        n = len(self.files)
-        epoch, i = divmod(window, n)
+        files = self.files.parts[part]
+        n = len(files)
+        epoch, i = divmod(turn, n)
         item = int(other * n) if attempt else permute(i, n, self.seed, epoch)
         low, high = self.data.stride
-        return self.files[item], position, low + int(step * (high - low + 1))
+        return files[item], position, low + int(step * (high - low + 1))
 
-    def _augmentation(self, g: int) -> tuple[Crop, np.ndarray]:
+    def _augmentation(
+        self, g: int, shape: Shape
+    ) -> tuple[Crop, np.ndarray, Degradation | None]:
         size, y, x, flip, *color = draw(self.seed, g, 0, CROP, 8)
-        low, high = self.data.crop_scale
+        data = self.data
+        low, high = data.crop_scale
         crop = Crop(
-            height=self.data.height,
-            width=self.data.width,
+            height=shape.height,
+            width=shape.width,
             scale=low + size * (high - low),
             y=y,
             x=x,
-            flip=flip < self.data.flip,
+            flip=flip < data.flip,
         )
-        return crop, color_transform(self.data.color_jitter, color)
+        degradation = None
+        if data.blur or data.noise:
+            blur, noise, seed = draw(self.seed, g, 0, DEGRADED, 3)
+            seed = int(seed * 2**53)
+            degradation = Degradation(blur * data.blur, noise * data.noise, seed)
+        return crop, color_transform(data.color_jitter, color), degradation
 
 
 class ValidationDataset(Dataset):
@@ -108,7 +181,7 @@ class ValidationDataset(Dataset):
     Failure in place of its clip; nothing replaces it.
     """
 
-    def __init__(self, data: Data, files: FileList, clips: int) -> None:
+    def __init__(self, data: Data, files: Files, clips: int) -> None:
         self.files = files
         self.data = data
         self.clips = clips
@@ -129,7 +202,7 @@ class ValidationDataset(Dataset):
 
 
 def validation_batches(
-    data: Data, files: FileList, clips: Sequence[int], total: int, batch_size: int
+    data: Data, files: Files, clips: Sequence[int], total: int, batch_size: int
 ) -> Iterator[Batch]:
     """The validation clips numbered `clips` out of `total`, in batches, in order.
 
@@ -142,3 +215,17 @@ def validation_batches(
         decoded = pool.map(dataset.__getitem__, clips)
         while samples := list(itertools.islice(decoded, batch_size)):
             yield collate(samples)
+
+
+def main() -> None:
+    """Run `python -m taehv.data index|proxy`; settings are as for training."""
+    commands = {"index": index_command, "proxy": proxy_command}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        raise UserError(f"say which: python -m taehv.data {'|'.join(commands)}")
+    config = read_config(sys.argv[2:])
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    commands[sys.argv[1]](config)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -157,6 +157,12 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def worker_number() -> int:
+    """Of this process among the loader's workers; 0 in the training process too."""
+    worker = torch.utils.data.get_worker_info()
+    return worker.id if worker else 0
+
+
 def _local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

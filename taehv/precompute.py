@@ -56,7 +56,8 @@ from taehv.distributed import (
     uses_compile,
 )
 from taehv.errors import UserError, run_command
-from taehv.files import build_file_lists, relative_path
+from taehv.files import relative_path
+from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.logging import clock, log, set_up_console
 from taehv.losses import aligned, psnr
@@ -97,7 +98,8 @@ def check_precompute(config: Config) -> None:
     check_frames(config, "cache")
     cache = config.cache
     window = cache.frames, cache.height, cache.width
-    check_fit(VARIANTS[config.model.variant], config.data, window)
+    for shape in config.data.shapes:
+        check_fit(VARIANTS[config.model.variant], config.data.shaped(shape), window)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ found out comes back as one tensor, to be read when it is there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,8 @@ class TrainingStep:
         optimizer: of the trained parameters.
         ema: of all parameters.
         loss: section [loss].
-        graph: replay the whole step as one CUDA graph, which needs batches of one
-            shape; the first few calls run as they are.
+        graph: replay the whole step as one CUDA graph, one for each shape of the
+            batches; the first few calls of a shape run as they are.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class TrainingStep:
         self.model, self.roots, self.optimizer = model, roots, optimizer
         self.ema, self.loss, self.graph = ema, loss, graph
         self._share = torch.zeros_like(optimizer.lr)
-        self._calls = 0
-        self._captured: torch.cuda.CUDAGraph | None = None
+        self._calls: Counter[Shapes] = Counter()
+        self._captured: dict[Shapes, _Capture] = {}
         self._stream = torch.cuda.Stream() if graph else None
 
     def __call__(self, batches: list[Targets], step: int, rate: float) -> StepResult:
@@ -72,17 +73,19 @@ class TrainingStep:
         """
         self.optimizer.lr.fill_(rate)
         self._share.fill_(self.ema.share(step))
-        self._calls += 1
         if not self.graph:
             return self._run(batches)
-        if self._calls <= WARMUP_CALLS:
+        shapes = _shapes(batches)
+        self._calls[shapes] += 1
+        if self._calls[shapes] <= WARMUP_CALLS:
             return self._run_aside(batches)
-        if self._captured is None:
-            self._capture(batches)
-        for static, batch in zip(self._inputs, batches, strict=True):
+        if shapes not in self._captured:
+            self._captured[shapes] = self._capture(batches)
+        captured = self._captured[shapes]
+        for static, batch in zip(captured.inputs, batches, strict=True):
             _copy(static, batch)
-        self._captured.replay()
-        return StepResult(self._result.names, self._result.values.clone())
+        captured.graph.replay()
+        return StepResult(captured.result.names, captured.result.values.clone())
 
     def _run(self, batches: list[Targets]) -> StepResult:
         sums, losses = 0.0, []
@@ -109,18 +112,39 @@ class TrainingStep:
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
-    def _capture(self, batches: list[Targets]) -> None:
+    def _capture(self, batches: list[Targets]) -> _Capture:
         """Record the step, without running it, over inputs that stay where they are.
 
         What GPUs send one another is recorded with it; FSDP2 can be since PyTorch 2.11.
+        The graphs of all shapes share their memory: they never run side by side, and
+        what one leaves is copied before the next begins.
         """
-        self._inputs = [_clone(batch) for batch in batches]
-        self._captured = torch.cuda.CUDAGraph()
+        inputs = [_clone(batch) for batch in batches]
+        first = next(iter(self._captured.values()), None)
+        graph = torch.cuda.CUDAGraph()
         # Threads that pin batches or watch NCCL go on as they are.
         with torch.cuda.graph(
-            self._captured, stream=self._stream, capture_error_mode="thread_local"
+            graph,
+            pool=first.graph.pool() if first else None,
+            stream=self._stream,
+            capture_error_mode="thread_local",
         ):
-            self._result = self._run(self._inputs)
+            result = self._run(inputs)
+        return _Capture(graph, inputs, result)
+
+
+@dataclass
+class _Capture:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Targets]
+    result: StepResult
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def _shapes(batches: list[Targets]) -> Shapes:
+    return tuple(tuple(batch.frames_NTCHW.shape) for batch in batches)
 
 
 def _clone(targets: Targets) -> Targets:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from taehv.augment import Upload
+from taehv.bottleneck import Bottleneck
 from taehv.cache import Cache, CacheDataset, cached_batches
 from taehv.checkpoint import (
     load,
@@ -45,14 +46,14 @@ from taehv.distributed import (
     uses_cuda_graph,
 )
 from taehv.errors import UserError
-from taehv.files import build_file_lists
+from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.logging import RunLog, log, set_up_console, write_text
 from taehv.losses import Targets, judged, psnr
 from taehv.metrics import Best, best_validation, check_best
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
-from taehv.sampler import SAMPLER_VERSION, Steps, toss
+from taehv.sampler import SAMPLER_VERSION, Buckets, Steps, toss
 from taehv.step import StepResult, TrainingStep
 from taehv.storage import Folder
 from taehv.teacher import check_teacher, load_teacher
@@ -106,9 +107,10 @@ class Pending:
 
     step: int
     samples: int
+    clips: int
     rate: float
-    sources: list[list[str]]
-    """Of each micro-batch."""
+    batches: list[Batch]
+    """This process's, on the host."""
     waited: float
     """Seconds for data."""
     result: StepResult
@@ -166,6 +168,8 @@ class Trainer:
         """What to train on and what to validate on: videos, or windows of a cache."""
         config, seed = self.config, self.config.training.seed
         self.cache = None
+        batch_size = config.training.global_batch_size
+        self.buckets = Buckets.of(config.data, batch_size, seed)
         if config.data.cache:
             # The main process verifies what is new, and notes it for the others.
             if not self.world.is_main:
@@ -173,14 +177,17 @@ class Trainer:
             self.cache = Cache.open(config.data.cache, config.model.variant)
             if self.world.is_main:
                 dist.barrier()
-            self.clips = CacheDataset(config.data, self.cache.train, seed)
+            self.clips = CacheDataset(config.data, self.cache.train, seed, self.buckets)
             self.sources, self.held_out = self.clips.windows, self.cache.validation
             told = json.dumps(self.cache.about, sort_keys=True).encode()
             self.fingerprint = hashlib.sha256(told).hexdigest()
         else:
             self.sources, self.held_out = build_file_lists(config.data)
-            self.clips = ClipDataset(config.data, self.sources, seed)
+            self.clips = ClipDataset(config.data, self.sources, seed, self.buckets)
             self.fingerprint = self.sources.fingerprint
+        if config.data.buckets:
+            told = f"{self.fingerprint} {config.data.shapes} {self.buckets.clips}"
+            self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
 
     def _build_model(self, resumes: bool) -> None:
         config, world = self.config, self.world
@@ -230,9 +237,9 @@ class Trainer:
                 )
             self.teacher = None  # its latents are there
         if self.teacher is not None:
-            data = self.config.data
             channels = self.model.variant.latent_channels
-            check_teacher(self.teacher, channels, data.frames, data.height, data.width)
+            for shape in {*self.config.data.shapes, self.config.data.usual_shape}:
+                check_teacher(self.teacher, channels, *shape[:3])
 
     def _open_log(self) -> RunLog:
         try:
@@ -269,8 +276,11 @@ class Trainer:
         log.info(
             f"{len(self.sources)} {'windows' if self.cache else 'files'} to train on, "
             f"{len(self.held_out)} held out; "
-            f"{config.training.global_batch_size} clips a step of {data.frames} x "
-            f"{data.height} x {data.width}"
+            + " or ".join(
+                f"{clips} clips a step of {' x '.join(map(str, shape[:3]))}"
+                for shape, clips in zip(data.shapes, self.buckets.clips, strict=True)
+            )
+            + (f", {crops} of a window" if (crops := data.crops_per_window) > 1 else "")
         )
         if not len(self.held_out) and config.validation.clips:
             log.warning(
@@ -312,6 +322,8 @@ class Trainer:
         loaded = {key: value.item() for key, value in state["counts"].items()}
         self._check_unchanged(origin, loaded, expected)
         self.counts = Counts(**{key: loaded[key] for key in asdict(self.counts)})
+        # Other buckets than before, if allowed, have their steps elsewhere.
+        self.counts.samples = self.buckets.aligned(self.counts.samples)
         log.info(f"resuming from {origin}")
 
     def _check_unchanged(
@@ -322,7 +334,7 @@ class Trainer:
             "seed": "training.seed",
             "sampler_version": "this program's sampler",
             "files": "the number of training files",
-            "files_hash": "the list of training files",
+            "files_hash": "the training files, their shares or the buckets",
         }
         for key, name in names.items():
             is_data = key.startswith("files")
@@ -358,6 +370,7 @@ class Trainer:
             self._validate()
         self.is_stale = self._has_no_patience()
         loader = self._loader()
+        self.bottleneck = Bottleneck(config.data, loader.workers)
         self.noted = time.monotonic()
         try:
             while (
@@ -415,6 +428,7 @@ class Trainer:
             self._local_batch_size(),
             self.world.rank,
             self.world.size,
+            buckets=self.buckets,
         )
         return ClipLoader(self.clips, steps, self.world.device.type == "cuda")
 
@@ -430,12 +444,11 @@ class Trainer:
         targets = [self._targets(batch) for batch in batches]
         result = self.training_step(targets, self.counts.step, rate)
         self.counts.step += 1
-        self.counts.samples += self.config.training.global_batch_size
-        sources = [batch.sources for batch in batches]
+        clips = self.buckets.clips[self.buckets.of_sample(self.counts.samples)]
+        self.counts.samples += clips
+        counts = self.counts
         self.pending.append(
-            Pending(
-                self.counts.step, self.counts.samples, rate, sources, waited, result
-            )
+            Pending(counts.step, counts.samples, clips, rate, batches, waited, result)
         )
         self._settle(STEPS_AHEAD if self.world.device.type == "cuda" else 0)
 
@@ -462,13 +475,28 @@ class Trainer:
         }
         seconds = time.monotonic() - self.noted
         self.noted += seconds
+        self.bottleneck.add(done.batches, done.waited, seconds)
         if self.log is not None:
+            if line := self.bottleneck.line():
+                log.warning(line)
             speed = {
-                "clips_per_second": self.config.training.global_batch_size / seconds,
+                "clips_per_second": done.clips / seconds,
                 "data_wait": done.waited / seconds,
                 **_memory_peaks(self.world.device),
+                **self._diversity(done.batches),
+                **self.bottleneck.values(),
             }
             self.log.step({"step": done.step, **record}, speed)
+
+    def _diversity(self, batches: list[Batch]) -> dict[str, int]:
+        """How many different windows and files this process's part of a step is of."""
+        numbers = itertools.chain(*(batch.numbers for batch in batches))
+        crops = self.config.data.crops_per_window
+        files = set().union(*(batch.sources for batch in batches))
+        return {
+            "data/distinct_windows": len({number // crops for number in numbers}),
+            "data/distinct_files": len(files),
+        }
 
     def _targets(self, batch: Batch) -> Targets:
         frames_NTCHW = self.upload(batch)
@@ -499,13 +527,14 @@ class Trainer:
 
     def _tell_skipped(self, done: Pending, losses: list[float]) -> None:
         """Name a skipped step's clips, the bad ones alone if they can be told."""
+        sources = [batch.sources for batch in done.batches]
         bad = [
-            sources
-            for sources, loss in zip(done.sources, losses, strict=True)
+            named
+            for named, loss in zip(sources, losses, strict=True)
             if not math.isfinite(loss)
         ]
         if self.log is not None or bad:
-            named = itertools.chain(*(bad or done.sources))
+            named = itertools.chain(*(bad or sources))
             log.warning(
                 f"step {done.step} is skipped, its loss or gradient is not "
                 f"finite; its clips are of {', '.join(named)}"

@@ -23,7 +23,7 @@ import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
-from av.video.frame import VideoFrame
+from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
 log = logging.getLogger("taehv")
@@ -37,10 +37,15 @@ REWINDS = (0.0, 0.5, 2.0, 8.0, float("inf"))
 REORDER = 16
 # Decoders that honour skip_frame packet by packet; others (dav1d) lose frames by it.
 SKIPPING_DECODERS = ("h264", "hevc")
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# How many packets are looked at for keyframes.
+KEYFRAMES_WITHIN = 600
+SEEN_KEYFRAMES = 2
 SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 BT709 = 1
 UNSPECIFIED_COLORSPACE = 2
 LIMITED_RANGE = 1
+COPY_TIME_BASE = Fraction(1, 90_000)
 
 
 class VideoError(Exception):
@@ -72,6 +77,8 @@ class VideoInfo:
     rotation: int
     codec: str
     frames: int
+    keyframe_interval: float
+    """Frames from one keyframe to the next, on average over the start of the file."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ def probe(path: str) -> VideoInfo:
         if frame is None:
             raise VideoError(f"{path} has no frames")
         height, width = _displayed_size(frame)
+        interval = _keyframe_interval(container, stream)
         start, duration = _extent(container, stream)
         return VideoInfo(
             width=width,
@@ -113,7 +121,27 @@ def probe(path: str) -> VideoInfo:
             rotation=_quarter_turns(frame) * 90,
             codec=stream.codec_context.name,
             frames=stream.frames,
+            keyframe_interval=interval,
         )
+
+
+def is_image(path: str) -> bool:
+    """Whether a file is a still image, by its name."""
+    return path.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _keyframe_interval(container: InputContainer, stream: VideoStream) -> float:
+    """From the table of a whole MP4, else from the packets after the first."""
+    if "mp4" in container.format.name and len(stream.index_entries) > 1:
+        entries = itertools.islice(stream.index_entries, KEYFRAMES_WITHIN)
+        are_keys = [entry.is_keyframe for entry in entries]
+    else:
+        are_keys = [True]
+        for packet in itertools.islice(container.demux(stream), KEYFRAMES_WITHIN):
+            are_keys += [packet.is_keyframe] if packet.size else []
+            if sum(are_keys) > SEEN_KEYFRAMES:
+                return (len(are_keys) - 1) / SEEN_KEYFRAMES
+    return len(are_keys) / max(1, sum(are_keys))
 
 
 def read_frames(path: str) -> Iterator[np.ndarray]:
@@ -230,18 +258,34 @@ def _in_time(frames: Iterator[VideoFrame]) -> Iterator[tuple[VideoFrame, int | N
             yield waiting.popleft(), heappop(times) if times else None
 
 
+@dataclass
+class Tally:
+    """What decoding takes."""
+
+    packets: int = 0
+    """Given to the decoder."""
+
+
 def decode_window(
-    path: str, position: float, frames: int, stride: int, crops: list[Crop]
+    path: str,
+    position: float,
+    frames: int,
+    stride: int,
+    crops: list[Crop],
+    tally: Tally | None = None,
 ) -> list[np.ndarray]:
     """Decode one window of a file and cut every crop from it.
 
     The window is `frames` frames, `stride` apart, at `position` in [0, 1] of the
     possible starts. Returns one uint8 RGB array THWC for each crop, equal to what
     sequential decoding gives. A file too short for the stride is read with the
-    largest stride that fits. Pixels are taken as square. Raises VideoError when the
-    file is shorter than `frames` or the window is damaged.
+    largest stride that fits. A still image stands still. Pixels are taken as square.
+    What it takes is added to `tally`. Raises VideoError when the file is shorter than
+    `frames` or the window is damaged.
     """
-    window = _Window(path, position, frames, stride, crops)
+    if is_image(path):
+        return _still(path, frames, crops)
+    window = _Window(path, position, frames, stride, crops, tally or Tally())
     reason = _Gap(f"{path}: no attempt was made")
     for rewind in REWINDS:
         try:
@@ -249,6 +293,15 @@ def decode_window(
         except _Gap as gap:
             reason = gap
     raise VideoError(str(reason)) from reason
+
+
+def _still(path: str, frames: int, crops: list[Crop]) -> list[np.ndarray]:
+    with _opened(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None or frame.is_corrupt:
+            raise VideoError(f"{path} is no whole picture")
+        pictures = [_Cropper(crop)(frame) for crop in crops]
+    return [np.repeat(picture[None], frames, 0) for picture in pictures]
 
 
 class VideoWriter:
@@ -399,6 +452,129 @@ class _Sound:
         self._input.close()
 
 
+def reencode(
+    path: str, target: str, height: int, keyframe_interval: int, crf: int
+) -> None:
+    """Write a copy that decodes faster: H.264 in MP4, upright, with the same times.
+
+    Its shorter side has `height` pixels, or fewer where the original has; there are
+    no B-frames and no sound. The file appears when it is whole. Raises VideoError
+    when a part of the original cannot be decoded.
+    """
+    unfinished = f"{target}.{os.getpid()}.part"
+    options = {"movflags": "+faststart"}
+    try:
+        with (
+            _opened(path) as (source, stream),
+            av.open(unfinished, "w", format="mp4", options=options) as container,
+        ):
+            rate = _rate(stream)
+            copier = _Copier(container, height, keyframe_interval, crf, rate)
+            for time, frame in _timed_frames(path, source, stream):
+                copier.write(time, frame)
+            copier.finish(path)
+        os.replace(unfinished, target)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(unfinished)
+
+
+def _rate(stream: VideoStream) -> Fraction:
+    return stream.average_rate or stream.guessed_rate or Fraction(25)
+
+
+def _timed_frames(
+    path: str, container: InputContainer, stream: VideoStream
+) -> Iterator[tuple[Fraction, VideoFrame]]:
+    """Whole frames and their times in seconds, from 0."""
+    counted = _untimed(container, stream)
+    rate = _rate(stream)
+    first, last = None, -1
+    for number, frame in enumerate(container.decode(stream)):
+        if frame.is_corrupt and first is None:
+            continue  # before the first keyframe
+        if frame.is_corrupt:
+            raise VideoError(f"{path}: a frame is damaged")
+        if counted or frame.pts is None:
+            time = number / rate
+        else:
+            time = frame.pts * stream.time_base
+        first = time if first is None else first
+        if time - first <= last:
+            raise VideoError(f"{path}: the times of its frames are out of order")
+        last = time - first
+        yield last, frame
+
+
+class _Copier:
+    """Scales, turns and encodes the frames of one video."""
+
+    def __init__(
+        self,
+        container: av.container.OutputContainer,
+        height: int,
+        keyframe_interval: int,
+        crf: int,
+        rate: Fraction,
+    ) -> None:
+        self.container = container
+        self.height = height
+        self.rate = rate
+        self.options = {"g": str(keyframe_interval), "bf": "0", "crf": str(crf)}
+        self.options |= {"preset": "fast", "threads": "1"}
+        self._stream: VideoStream | None = None
+        self._graphs: dict[tuple, av.filter.Graph] = {}
+
+    def write(self, time: Fraction, frame: VideoFrame) -> None:
+        """Append a frame."""
+        if self._stream is None:
+            self._stream = self._new_stream(frame)
+        key = _graph_key(frame)
+        if key not in self._graphs:
+            size = self._stream.height, self._stream.width
+            self._graphs[key] = _build_copy_graph(frame, *size)
+        self._graphs[key].vpush(frame)
+        copy = self._graphs[key].vpull()
+        copy.pts, copy.time_base = round(time / COPY_TIME_BASE), COPY_TIME_BASE
+        copy.pict_type = PictureType.NONE
+        self.container.mux(self._stream.encode(copy))
+
+    def finish(self, path: str) -> None:
+        """Write what is still held back."""
+        if self._stream is None:
+            raise VideoError(f"{path} has no frames")
+        self.container.mux(self._stream.encode(None))
+
+    def _new_stream(self, frame: VideoFrame) -> VideoStream:
+        height, width = _displayed_size(frame)
+        scale = min(1, Fraction(self.height, min(height, width)))
+        stream = self.container.add_stream("libx264", self.rate, self.options)
+        stream.height, stream.width = (
+            max(2, round(side * scale / 2) * 2) for side in (height, width)
+        )
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.time_base = COPY_TIME_BASE
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED_RANGE
+        return stream
+
+
+def _build_copy_graph(frame: VideoFrame, height: int, width: int) -> av.filter.Graph:
+    """Scale to the displayed size height x width and turn upright."""
+    turns = _quarter_turns(frame)
+    size = f"{height}:{width}" if turns % 2 else f"{width}:{height}"
+    scale = f"{size}:flags={SCALE_FLAGS}:out_color_matrix=bt709:out_range=tv"
+    upright = {0: [], 1: [("transpose", "cclock")], 3: [("transpose", "clock")]}
+    upright[2] = [("hflip", None), ("vflip", None)]
+    return _linked(
+        frame,
+        ("scale", scale + _assumed_matrix(frame)),
+        ("format", "yuv420p"),
+        *upright[turns],
+    )
+
+
 def write_mp4(
     path: str | Path, frames_THWC: np.ndarray, rate: float | Fraction
 ) -> None:
@@ -440,6 +616,7 @@ class _Window:
     frames: int
     stride: int
     crops: list[Crop]
+    tally: Tally
 
     @property
     def span(self) -> int:
@@ -457,7 +634,7 @@ class _Window:
             times = sorted(packet.pts for packet in packets if _is_shown(packet))
             wanted = self._choose(times, target, from_start)
             try:
-                return self._cut(_decode(stream, packets, wanted))
+                return self._cut(_decode(stream, packets, wanted, self.tally))
             except _Disorder:
                 return self._decode_by_count()
 
@@ -506,6 +683,7 @@ class _Window:
         wanted = range(first, first + (self.frames - 1) * stride + 1, stride)
         with _opened(self.path) as (container, stream):
             numbered = enumerate(container.decode(stream))
+            self.tally.packets += wanted[-1] + 1
             upto_last = zip(range(wanted[-1] + 1), numbered, strict=False)
             return self._cut(
                 frame for _, (number, frame) in upto_last if number in wanted
@@ -558,7 +736,7 @@ def _collect(
 
 
 def _decode(
-    stream: VideoStream, packets: list[Packet], wanted: list[int]
+    stream: VideoStream, packets: list[Packet], wanted: list[int], tally: Tally
 ) -> Iterator[VideoFrame]:
     """The frames at the wanted times, in order, as far as the first gap."""
     context = stream.codec_context
@@ -569,6 +747,7 @@ def _decode(
     for packet in (*packets, None):
         if skipping and packet is not None:
             context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        tally.packets += 1
         for frame in context.decode(packet):
             if last is not None and frame.pts is not None and frame.pts < last:
                 raise _Disorder(f"frame {frame.pts} after {last}")
@@ -608,8 +787,7 @@ class _Cropper:
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         crop = self.crop or Crop(*_displayed_size(frame))
-        key = (frame.width, frame.height, frame.format.name, frame.colorspace)
-        key += (frame.color_range, frame.rotation)
+        key = _graph_key(frame)
         if key not in self._graphs:
             self._graphs[key] = _build_graph(frame, crop)
         graph = self._graphs[key]
@@ -627,8 +805,22 @@ def _build_graph(frame: VideoFrame, crop: Crop) -> av.filter.Graph:
         (crop.width, crop.height) if turned else (crop.height, crop.width)
     )
     scale = f"{out_width}:{out_height}:flags={SCALE_FLAGS}"
-    if frame.colorspace == UNSPECIFIED_COLORSPACE and frame.height >= 720:
-        scale += ":in_color_matrix=bt709"
+    return _linked(
+        frame,
+        ("crop", f"{width}:{height}:{left}:{top}:exact=1"),
+        ("scale", scale + _assumed_matrix(frame)),
+        ("format", "rgb24"),
+    )
+
+
+def _assumed_matrix(frame: VideoFrame) -> str:
+    """BT.709 for large frames that do not say; the default is BT.601."""
+    untagged = frame.colorspace == UNSPECIFIED_COLORSPACE
+    return ":in_color_matrix=bt709" if untagged and frame.height >= 720 else ""
+
+
+def _linked(frame: VideoFrame, *filters: tuple[str, str | None]) -> av.filter.Graph:
+    """A chain of filters that takes frames like this one."""
     graph = av.filter.Graph()
     graph.threads = 1
     source = graph.add_buffer(
@@ -637,14 +829,15 @@ def _build_graph(frame: VideoFrame, crop: Crop) -> av.filter.Graph:
         format=frame.format,
         time_base=Fraction(1),
     )
-    graph.link_nodes(
-        source,
-        graph.add("crop", f"{width}:{height}:{left}:{top}:exact=1"),
-        graph.add("scale", scale),
-        graph.add("format", "rgb24"),
-        graph.add("buffersink"),
-    ).configure()
+    nodes = [graph.add(name, settings) for name, settings in filters]
+    graph.link_nodes(source, *nodes, graph.add("buffersink")).configure()
     return graph
+
+
+def _graph_key(frame: VideoFrame) -> tuple:
+    """What a graph depends on."""
+    key = (frame.width, frame.height, frame.format.name, frame.colorspace)
+    return (*key, frame.color_range, frame.rotation)
 
 
 def _box(frame: VideoFrame, crop: Crop) -> tuple[int, int, int, int]:

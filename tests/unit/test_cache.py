@@ -43,7 +43,7 @@ from taehv.clips import Batch, Clip, collate
 from taehv.config import Data, Teacher, read_config
 from taehv.data import ClipDataset, ValidationDataset
 from taehv.errors import UserError
-from taehv.files import build_file_lists
+from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.precompute import precompute
 from taehv.sampler import Steps

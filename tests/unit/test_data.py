@@ -24,7 +24,8 @@ from taehv.clips import Batch, Clip, Failure, collate
 from taehv.config import Data
 from taehv.data import ClipDataset, ValidationDataset, validation_batches
 from taehv.errors import UserError
-from taehv.files import FileList, build_file_lists, split
+from taehv.files import FileList, split
+from taehv.index import build_file_lists
 from taehv.loader import ClipLoader, check_shared_memory, worker_count
 from taehv.sampler import Steps, draw, permute
 

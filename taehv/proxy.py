@@ -1,0 +1,151 @@
+"""Smaller copies of videos that decode faster: H.264 with close keyframes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+from taehv.config import Config, Proxy
+from taehv.errors import UserError
+from taehv.files import FileList, sources_of
+from taehv.index import list_files
+from taehv.loader import worker_count
+from taehv.video import VideoError, is_image, reencode
+
+log = logging.getLogger("taehv")
+
+ABOUT = "proxy.json"
+BAD_FILES = "bad_files.txt"
+
+
+@dataclass(frozen=True)
+class Copier:
+    """Writes the copies of one data set; a copy that is there is not written again."""
+
+    settings: Proxy
+    files: FileList
+
+    def target(self, i: int) -> str:
+        """Where the copy of file i lies: under its own path, so that lists, held-out
+        files and their hashes stay as they are."""
+        return os.path.join(self.settings.folder, self.files.relative(i))
+
+    def __call__(self, i: int) -> str | None:
+        """Copy file i; what is wrong with it, or None."""
+        path, target = self.files[i], self.target(i)
+        try:
+            if _is_newer(target, path):
+                return None
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            settings = self.settings
+            if is_image(path):
+                raise VideoError(f"{path} is a still image")
+            reencode(
+                path, target, settings.height, settings.keyframe_interval, settings.crf
+            )
+        except (VideoError, FileNotFoundError) as error:
+            return str(error)
+        return None
+
+
+def _is_newer(target: str, path: str) -> bool:
+    with suppress(FileNotFoundError):
+        return os.stat(target).st_mtime_ns >= os.stat(path).st_mtime_ns
+    return False
+
+
+def proxy_command(config: Config) -> None:
+    """Write what is missing of the copies; bad files are named and left out.
+
+    Raises:
+        UserError: a setting is missing, or the folder has copies of another kind.
+    """
+    copier = _copier(config)
+    folder = Path(copier.settings.folder)
+    _check_folder(folder, copier.settings)
+    bad = []
+    bar = tqdm(total=len(copier.files), unit="file", disable=None)
+    for i, reason in _copied(copier, worker_count(config.data.workers)):
+        bar.update()
+        if reason is not None:
+            bad.append(reason)
+            log.warning(f"left out {copier.files[i]}: {reason}")
+    bar.close()
+    (folder / BAD_FILES).write_text(
+        "".join(f"{reason}\n" for reason in sorted(bad)), errors="surrogateescape"
+    )
+    count = len(copier.files) - len(bad)
+    print(
+        f"{count} copies in {folder}, {len(bad)} bad files"
+        + (f" (listed in {folder / BAD_FILES})" if bad else "")
+        + f"; train from them with --data.root {folder}"
+    )
+
+
+def _copier(config: Config) -> Copier:
+    if not config.proxy.folder:
+        raise UserError("proxy.folder is empty: name the folder for the copies")
+    if len(config.data.sources) > 1:
+        raise UserError("proxy copies one data set at a time: name it by data.root")
+    folder = os.path.abspath(os.path.expanduser(config.proxy.folder))
+    (source,) = sources_of(config.data)
+    files = list_files(config.data, source)
+    if folder == files.base:
+        raise UserError("proxy.folder is data.root: name another folder")
+    for i in range(len(files)):
+        if os.path.isabs(files.relative(i)):
+            raise UserError(
+                f"{files[i]} does not lie under {files.base}, so that its copy has no "
+                "place: set data.root to a folder that holds all videos"
+            )
+    settings = Proxy(**asdict(config.proxy) | {"folder": folder})
+    return Copier(settings, files)
+
+
+def _check_folder(folder: Path, settings: Proxy) -> None:
+    """Refuse to mix copies of several kinds in a folder."""
+    about = {k: v for k, v in asdict(settings).items() if k != "folder"}
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / ABOUT).exists():
+        there = json.loads((folder / ABOUT).read_text())
+        if there != about:
+            raise UserError(
+                f"{folder} has copies made with {there}, not {about}: take those "
+                "settings, or name another proxy.folder"
+            )
+    elif any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files: name an empty proxy.folder")
+    (folder / ABOUT).write_text(json.dumps(about))
+
+
+def _copied(copier: Copier, workers: int) -> Iterator[tuple[int, str | None]]:
+    """Files as they are done, in any order."""
+    count = len(copier.files)
+    if workers == 0:
+        yield from ((i, copier(i)) for i in range(count))
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["taehv.proxy"])
+    with TemporaryDirectory(prefix="taehv-") as folder:
+        shared = replace(copier, files=copier.files.save(folder))
+        with ProcessPoolExecutor(workers, context) as pool:
+            # Few at a time: a million waiting calls would take a gigabyte.
+            rest, waiting = iter(range(count)), {}
+            while True:
+                for i in itertools.islice(rest, 4 * workers - len(waiting)):
+                    waiting[pool.submit(shared, i)] = i
+                if not waiting:
+                    return
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from ((waiting.pop(future), future.result()) for future in done)

@@ -1,0 +1,103 @@
+"""Smaller copies: their frames, times and places, and what is done with bad files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numbered_video import make_video, numbers_of
+
+from taehv.config import Config, Data, Proxy
+from taehv.errors import UserError
+from taehv.proxy import proxy_command
+from taehv.video import probe, read_frames, reencode
+
+VARIABLE = [i * 40 + i * i % 37 + 500 * (i // 10) for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("b_frames.mp4", {"options": {"bf": "3", "g": "40"}}),
+        ("variable.mp4", {"options": {"bf": "2"}, "times": VARIABLE}),
+        ("b_frames.avi", {"options": {"bf": "1"}}),
+        ("raw.h264", {"options": {"bf": "2"}}),
+        ("deep.mkv", {"pixel_format": "yuv444p10le"}),
+        ("mpeg2.mpg", {"codec": "mpeg2video", "options": {"bf": "2"}}),
+    ],
+)
+def test_copies_have_the_same_frames(tmp_path: Path, name: str, kind: dict):
+    path, copy = make_video(tmp_path / name, size=(96, 128), **kind), tmp_path / "copy"
+    reencode(str(path), str(copy), 48, 8, 18)
+    frames = np.stack(list(read_frames(str(copy))))
+    assert frames.shape == (40, 48, 64, 3)
+    assert numbers_of(frames) == list(range(40))
+    info, original = probe(str(copy)), probe(str(path))
+    assert info.codec == "h264" and info.keyframe_interval <= 8
+    if original.duration and name != "mpeg2.mpg":  # whose header is wrong
+        assert abs(info.duration - original.duration) < 0.06
+    assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
+
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+def test_copies_stand_upright(tmp_path: Path, rotation: int):
+    path = make_video(tmp_path / "turned.mp4", frames=4, rotation=rotation)
+    reencode(str(path), str(tmp_path / "copy"), 48, 12, 10)
+    expected = np.stack(list(read_frames(str(path)))).astype(int)
+    copied = np.stack(list(read_frames(str(tmp_path / "copy")))).astype(int)
+    assert (
+        copied.shape == expected.shape and probe(str(tmp_path / "copy")).rotation == 0
+    )
+    assert np.abs(copied - expected).mean() < 8
+
+
+def test_small_videos_keep_their_size(tmp_path: Path):
+    path = make_video(tmp_path / "odd.mkv", 4, "mpeg4", size=(49, 65))
+    reencode(str(path), str(tmp_path / "copy"), 360, 12, 18)
+    info = probe(str(tmp_path / "copy"))
+    assert (info.height, info.width) == (48, 64)
+
+
+def config(root: Path, workers: int = 0, **proxy: object) -> Config:
+    settings = {"folder": str(root.parent / "copies"), "height": 32, **proxy}
+    return Config(data=Data(root=str(root), workers=workers), proxy=Proxy(**settings))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_is_copied_once(tmp_path: Path, capsys, workers: int):
+    root, copies = tmp_path / "videos", tmp_path / "copies"
+    (root / "sub").mkdir(parents=True)
+    make_video(root / "a.mp4", frames=6)
+    make_video(root / "sub" / "b.mkv", frames=6)
+    (root / "bad.mp4").write_text("no video")
+    cut = make_video(root / "cut.mp4", frames=40, options={"movflags": "+faststart"})
+    cut.write_bytes(cut.read_bytes()[:-2000])
+    proxy_command(config(root, workers))
+    told = capsys.readouterr().out
+    assert "2 copies" in told and "2 bad files" in told
+    found = sorted(str(p.relative_to(copies)) for p in copies.rglob("*.m*"))
+    assert found == ["a.mp4", "sub/b.mkv"]
+    bad = (copies / "bad_files.txt").read_text()
+    assert str(root / "bad.mp4") in bad and str(root / "cut.mp4") in bad
+    before = os.stat(copies / "a.mp4").st_mtime_ns
+    os.remove(copies / "sub" / "b.mkv")
+    proxy_command(config(root))
+    assert os.stat(copies / "a.mp4").st_mtime_ns == before
+    assert probe(str(copies / "sub" / "b.mkv")).height == 32
+
+
+def test_copies_of_two_kinds_are_not_mixed(tmp_path: Path):
+    root = tmp_path / "videos"
+    root.mkdir()
+    make_video(root / "a.mp4", frames=2)
+    with pytest.raises(UserError, match="proxy.folder is empty"):
+        proxy_command(config(root, folder=""))
+    with pytest.raises(UserError, match="proxy.folder is data.root"):
+        proxy_command(config(root, folder=str(root)))
+    proxy_command(config(root))
+    with pytest.raises(UserError, match="made with .*'height': 32"):
+        proxy_command(config(root, height=48))
+    with pytest.raises(UserError, match="holds other files"):
+        proxy_command(config(root, folder=str(tmp_path)))
