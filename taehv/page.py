@@ -35,9 +35,10 @@ p { margin: 0.5rem 0; max-width: 46rem; }
 .scroll { overflow-x: auto; margin: 0.75rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { caption-side: bottom; text-align: left; color: #5a626b; font-size: 0.875rem; }
-th, td { padding: 0.3rem 0.75rem; text-align: right; white-space: nowrap;
+th, td { padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #e6e9ed; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+.text th, .text td { text-align: left; white-space: normal; vertical-align: top; }
 th { background: #fff; border-bottom-color: #9aa3ad; }
 tbody tr:hover { background: #f3f6f9; }
 .grid { display: grid; gap: 1rem 1.5rem;
@@ -91,9 +92,19 @@ def paragraph(text: str) -> str:
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = ""
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    caption: str = "",
+    is_text: bool = False,
 ) -> str:
-    """A table, the first column names and the rest numbers; wide ones scroll."""
+    """A table, the first column names and the rest numbers, or texts; wide ones scroll.
+
+    Args:
+        columns: their heads.
+        rows: a cell for each column.
+        caption: stands below.
+        is_text: whether the cells are texts, which begin on the left and are broken.
+    """
 
     def row(cells: Iterable[object], tag: str) -> str:
         inner = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
@@ -101,8 +112,10 @@ def table(
 
     named = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     lines = "\n".join(row(cells, "td") for cells in rows)
+    kind = "text" if is_text else "numbers"
     return (
-        f'<div class="scroll"><table>{named}<thead>{row(columns, "th")}</thead>\n'
+        f'<div class="scroll"><table class="{kind}">{named}\n'
+        f"<thead>{row(columns, 'th')}</thead>\n"
         f"<tbody>{lines}</tbody></table></div>"
     )
 

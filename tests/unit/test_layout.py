@@ -27,6 +27,7 @@ LAYERS = {
     "trainer": TRAINER,
     "convert": COMMAND,
     "inference": COMMAND,
+    "evaluate": COMMAND,
     "precompute": COMMAND,
     "report": COMMAND,
     "bench": COMMAND,
