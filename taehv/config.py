@@ -365,6 +365,13 @@ class Validation:
     patience: int = 0
     """Validations in a row that are no better than the best one, after which the run
     ends; 0 is off."""
+    lpips: str = ""
+    """Weights of torchvision's AlexNet or VGG16 (.pth), with which LPIPS is measured;
+    empty leaves it out."""
+    st_lpips: bool = False
+    """Measure ST-LPIPS, by the package stlpips-pytorch, which brings its weights."""
+    vmaf: str = ""
+    """An ffmpeg that has libvmaf, by which VMAF is measured; empty leaves it out."""
 
 
 @dataclass

@@ -79,6 +79,9 @@ MEASURES = {
         "energy above half of what pixels can show, over the "
         "input's: less is blur, more is noise",
     ),
+    "lpips": Measure("LPIPS", "", 0, "distance to the eye, as a network learned it"),
+    "st_lpips": Measure("ST-LPIPS", "", 0, "the same, hardly moved by small shifts"),
+    "vmaf": Measure("VMAF", "", 100, "quality to the eye, from 0 to 100"),
     "mean_color_psnr": Measure(
         "PSNR of mean color", "dB", math.inf, "painting each clip in one colour"
     ),

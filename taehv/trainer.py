@@ -53,6 +53,7 @@ from taehv.losses import Targets, judged, psnr
 from taehv.metrics import Best, best_validation, check_best
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
+from taehv.perceptual import load_measures
 from taehv.sampler import SAMPLER_VERSION, Buckets, Steps, toss
 from taehv.step import StepResult, TrainingStep
 from taehv.storage import Folder
@@ -147,7 +148,11 @@ class Trainer:
         self.pending: deque[Pending] = deque()
         self.bad_clips = 0
         self.bad_files: set[str] = set()
-        check_best(config.validation.best)
+        settings = config.validation
+        check_best(settings.best)
+        self.extra = load_measures(
+            settings.lpips, settings.st_lpips, settings.vmaf, world.device
+        )
         self._find_clips()
         check_agreement({"list of training files": self._clips_hash()})
         self.checkpointer = Checkpointer(
@@ -590,6 +595,7 @@ class Trainer:
             self.world.device,
             self.stop,
             is_taught=self._is_taught(),
+            extra=self.extra,
         )
         if self.stop.agreed():
             return
@@ -598,7 +604,8 @@ class Trainer:
                 "none of the held-out clips can be decoded: see the reasons above, or "
                 "name other files in data.holdout"
             )
-        if settings.best and settings.best not in result.scalars():
+        is_missing = settings.best and settings.best not in result.means
+        if is_missing and not self.counts.step:
             raise UserError(
                 f"validation.best = {settings.best} is not measured here: take one of "
                 f"{', '.join(result.means)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from taehv.metrics import (
     warn_of_scale,
 )
 from taehv.model import TAEHV
+from taehv.perceptual import ClipMeasure, extra_values
 from taehv.teacher import Teacher
 from taehv.video import write_mp4
 from taehv.visualize import ERROR_GAIN, error_map, picture_strip, side_by_side
@@ -89,6 +90,7 @@ def validate(
     stop: StopSignal,
     is_taught: bool,
     pictures: int = 4,
+    extra: Mapping[str, ClipMeasure] | None = None,
 ) -> ValidationResult | None:
     """Reconstruct the batches and average over all processes (a collective).
 
@@ -101,12 +103,13 @@ def validate(
         stop: ends the validation early; the result is then of no use.
         is_taught: whether the teacher, or the batches, have latents to compare with.
         pictures: clips to keep for pictures.
+        extra: further measures, see perceptual.load_measures.
 
     Returns:
         None where no process could decode a clip.
     """
     start = time.monotonic()
-    judge = _Judge(model, teacher, device, is_taught)
+    judge = _Judge(model, teacher, device, is_taught, extra or {})
     kept: list[tuple[Tensor, ...]] = []
     for batch in batches:
         if stop.received:
@@ -130,7 +133,9 @@ class _Judge:
         teacher: Teacher | None,
         device: torch.device,
         is_taught: bool,
+        extra: Mapping[str, ClipMeasure],
     ) -> None:
+        self.extra = extra
         self.model, self.teacher, self.device = model, teacher, device
         self.dtype = next(model.parameters()).dtype
         self.clips: dict[int, dict[str, float]] = {}
@@ -176,11 +181,13 @@ class _Judge:
     ) -> dict[str, float]:
         """What clip i of decoded frames measures, under the names' beginnings."""
         positions = group_positions(self.model.variant, len(frames_TCHW))
-        values = {
-            prefix + name: value
-            for prefix, decoded_NTCHW in decoded.items()
-            for name, value in measure(frames_TCHW, decoded_NTCHW[i], positions).items()
-        }
+        values = {}
+        for prefix, decoded_NTCHW in decoded.items():
+            measured = {
+                **measure(frames_TCHW, decoded_NTCHW[i], positions),
+                **extra_values(self.extra, frames_TCHW, decoded_NTCHW[i]),
+            }
+            values |= {prefix + name: value for name, value in measured.items()}
         judged_TCHW = frames_TCHW[: decoded[""].shape[1]]
         mean_color_TCHW = judged_TCHW.mean((0, 2, 3), keepdim=True)
         painted_TCHW = mean_color_TCHW.expand_as(judged_TCHW)

@@ -122,6 +122,9 @@ UNUSUAL: dict[str, Any] = {
     "validation.clips": 2,
     "validation.best": "decoder_ssim",
     "validation.patience": 3,
+    "validation.lpips": "weights\\of alexnet.pth",
+    "validation.st_lpips": True,
+    "validation.vmaf": "~/bin/ffmpeg",
     "logging.interval": 3,
 }
 """A legal value of every setting that a careless writer or reader would spoil."""
