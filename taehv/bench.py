@@ -36,6 +36,7 @@ from taehv.measure import Cost, Limits, Report
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
 from taehv.reference import LEARNING_RATE, PublishedStep, published
+from taehv.reference_seraena import PublishedSeraena
 from taehv.sampler import Steps
 from taehv.step import StepResult, TrainingStep
 from taehv.variants import VARIANTS
@@ -53,6 +54,8 @@ PLAIN, DEFAULT = "plain", "default"
 """The ways with none of them, and as the settings are by default."""
 REFERENCE = "published"
 """The way that is no setting: the published recipe."""
+REFERENCES = (REFERENCE, f"{REFERENCE}+seraena")
+"""The recipe without and with its adversarial guidance."""
 FORMS: dict[str, Settings] = {
     "replicate": {},
     "fsdp": {"parallelism.mode": "fsdp"},
@@ -214,11 +217,15 @@ class Student:
 class PublishedStudent:
     """A model trained by the published recipe, on the same batches."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, guided: bool = False) -> None:
         self.device = world.device
         torch.manual_seed(config.training.seed)
         model = published(TAEHV(config.model.variant)).to(world.device)
-        self.step = PublishedStep(model, world.device)
+        seraena = None
+        if guided:
+            channels = model.variant.latent_channels
+            seraena = PublishedSeraena(channels, world.device)
+        self.step = PublishedStep(model, world.device, seraena)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Train by a batch."""

@@ -8,7 +8,7 @@ import statistics
 import torch
 
 from taehv import measure
-from taehv.bench import REFERENCE, Bench, Student, clips_of, way_settings
+from taehv.bench import REFERENCES, Bench, Student, clips_of, way_settings
 from taehv.clips import Batch
 from taehv.config import Config
 
@@ -32,7 +32,7 @@ def bench_curves(bench: Bench) -> None:
     weights and see the same clips.
     """
     options = bench.options
-    ways = [way for way in options.ways if way != REFERENCE]
+    ways = [way for way in options.ways if way not in REFERENCES]
     configs = {way: _config(bench, way, 0) for way in ways}
     with clips_of(bench, configs[ways[0]], latents=False) as feed:
         batches = list(itertools.islice(feed, options.curve_batches))

@@ -15,6 +15,7 @@ from taehv.bench import REFERENCE, Bench, Size, cost_cells, way_settings
 from taehv.errors import UserError
 from taehv.measure import Cost
 from taehv.model import TAEHV
+from taehv.pretrained import place
 from taehv.reference import PublishedStream, published
 from taehv.streaming import StreamingTAEHV
 
@@ -69,6 +70,7 @@ def bench_decode(bench: Bench) -> None:
         if way != REFERENCE:
             way_settings(way)  # a mistake is told before anything is measured
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    torch.backends.cudnn.benchmark = True  # as taehv.inference does
     bench.report.table(f"decoding in {str(dtype)[6:]}, times in ms", COLUMNS)
     for size, variant in itertools.product(options.decode_sizes, options.variants):
         torch.manual_seed(0)
@@ -77,7 +79,7 @@ def bench_decode(bench: Bench) -> None:
         few_NTCHW = latents_NTCHW[:, :EXACT_LATENTS]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             exact_NTCHW = published(model).decode_video(few_NTCHW)
-        rows = Rows(bench, model.to(dtype), size, exact_NTCHW)
+        rows = Rows(bench, place(model, device, dtype), size, exact_NTCHW)
         for way in options.decode_ways:
             rows.whole(way, latents_NTCHW.to(dtype))
         for way in (REFERENCE, "fused"):
@@ -122,7 +124,7 @@ class Rows:
         model = copy.deepcopy(self.model)
         model.fused = bool(settings.get("compile.fused", model.fused))
         if settings.get("compile.enable"):
-            model.decoder.compile(fullgraph=True)
+            model.decoder.compile(fullgraph=True, dynamic=False)
         if settings.get("compile.cuda_graph"):
             return GraphedDecoder(model.decode_video, example)
         return model.decode_video

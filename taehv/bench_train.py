@@ -11,6 +11,7 @@ import torch
 from taehv import measure
 from taehv.bench import (
     REFERENCE,
+    REFERENCES,
     Bench,
     PublishedStudent,
     Size,
@@ -63,11 +64,11 @@ def bench_train(bench: Bench) -> None:
     bench.report.content["peak TFLOP/s"] = peak
     bench.report.say(f"a large product: {peak:.3g} TFLOP/s")
     bench.report.table("training step, times in ms", STEP_COLUMNS)
-    references: dict[tuple[Size, str], float] = {}
+    references: dict[tuple[object, ...], float] = {}
     for case in cases:
-        kind = case.size, case.variant
+        kind = case.size, case.variant, "seraena" in case.way
         ms = _step_row(bench, case, peak, references.get(kind))
-        if case.way == REFERENCE:
+        if case.way in REFERENCES:
             references[kind] = ms
 
 
@@ -75,10 +76,11 @@ def _cases(bench: Bench) -> Iterator[Case]:
     options = bench.options
     for size, variant in itertools.product(options.sizes, options.variants):
         settings = {"model.variant": variant, **size.settings}
-        if REFERENCE in options.ways and bench.world.size == 1:
-            yield Case(size, variant, "-", REFERENCE, bench.config(settings))
+        for way in REFERENCES:
+            if way in options.ways and bench.world.size == 1:
+                yield Case(size, variant, "-", way, bench.config(settings))
         for form, way in itertools.product(options.forms, options.ways):
-            if way != REFERENCE:
+            if way not in REFERENCES:
                 config = bench.config(settings, form_settings(form), way_settings(way))
                 yield Case(size, variant, form, way, config)
 
@@ -86,9 +88,13 @@ def _cases(bench: Bench) -> Iterator[Case]:
 def _step_row(bench: Bench, case: Case, peak: float, reference: float | None) -> float:
     """Measure and print a row, and return its milliseconds."""
     measure.free()
-    make = PublishedStudent if case.way == REFERENCE else Student
+    if case.way in REFERENCES:
+        guided = case.way != REFERENCE
+        student = PublishedStudent(case.config, bench.world, guided)
+    else:
+        student = Student(case.config, bench.world)
     with clips_of(bench, case.config) as feed:
-        cost = bench.measure(make(case.config, bench.world), feed)
+        cost = bench.measure(student, feed)
     clips = case.config.training.global_batch_size / cost.ms * 1000
     flop = step_flop(case.variant, case.size) * bench.options.clips
     tflops = flop / cost.ms / 1e9

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from taehv.losses import aligned
 from taehv.model import TAEHV, FrameMemory, MemoryBlock, TGrow, TPool
+from taehv.reference_seraena import PublishedSeraena
 
 LEARNING_RATE = 3e-4
 BETAS = (0.9, 0.95)
@@ -58,7 +59,8 @@ def published(model: TAEHV) -> TAEHV:
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = True
-    return model
+    # Weights that lie otherwise would make convolutions work in their layout.
+    return model.to(memory_format=torch.contiguous_format)
 
 
 class PublishedStream:
@@ -94,7 +96,7 @@ class PublishedStream:
 
 
 class PublishedStep:
-    """The published training step without Seraena: fp16 autocast, AdamW, no clipping.
+    """The published training step: fp16 autocast, AdamW, no clipping.
 
     Encoder and decoder learn from a teacher's latents. What the notebook does every two
     seconds (averaging weights) and every half minute (pictures) is left out.
@@ -103,10 +105,16 @@ class PublishedStep:
         model: of `published`, on the device.
         device: whose autocast is used; the CPU has none that helps, and computes in
             the model's own format.
+        seraena: adversarial guidance, if any.
     """
 
-    def __init__(self, model: TAEHV, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(
+        self,
+        model: TAEHV,
+        device: torch.device,
+        seraena: PublishedSeraena | None = None,
+    ) -> None:
+        self.model, self.device, self.seraena = model, device, seraena
         self.is_mixed = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             model.parameters(), LEARNING_RATE, betas=BETAS
@@ -136,9 +144,17 @@ class PublishedStep:
         return loss.detach()
 
     def _loss(self, frames_NTCHW: Tensor, latents_NTCHW: Tensor) -> Tensor:
-        encoded_NTCHW = self.model.encode_video(frames_NTCHW)
-        decoded_NTCHW = self.model.decode_video(latents_NTCHW, clamp=False)
-        target_NTCHW, decoded_NTCHW = aligned(frames_NTCHW, decoded_NTCHW)
-        return F.mse_loss(encoded_NTCHW, latents_NTCHW) + F.mse_loss(
-            decoded_NTCHW, target_NTCHW
+        with torch.autocast(self.device.type, torch.float16, enabled=self.is_mixed):
+            encoded_NTCHW = self.model.encode_video(frames_NTCHW)
+            decoded_NTCHW = self.model.decode_video(latents_NTCHW, clamp=False)
+        target_NTCHW, decoded_NTCHW = aligned(
+            frames_NTCHW, decoded_NTCHW.to(frames_NTCHW.dtype)
         )
+        loss = F.mse_loss(encoded_NTCHW.to(latents_NTCHW.dtype), latents_NTCHW)
+        loss = loss + F.mse_loss(decoded_NTCHW, target_NTCHW)
+        if self.seraena is None:
+            return loss
+        corrected_NTCHW = self.seraena.correct(
+            decoded_NTCHW, target_NTCHW, latents_NTCHW
+        )
+        return loss + F.mse_loss(decoded_NTCHW, corrected_NTCHW)

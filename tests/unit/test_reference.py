@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_vectors import MANIFEST, formula_tensor, vectors
 
 from taehv.bench import Size
 from taehv.bench_train import step_flop
@@ -13,6 +14,7 @@ from taehv.losses import Targets
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema
 from taehv.reference import LEARNING_RATE, PublishedStep, PublishedStream, published
+from taehv.reference_seraena import PublishedSeraena
 from taehv.step import TrainingStep
 from taehv.variants import VARIANTS
 
@@ -72,6 +74,49 @@ def test_the_published_recipe_learns_the_same() -> None:
             assert found.values[0].item() == pytest.approx(loss.item(), rel=1e-9)
         for name, weights in plain.named_parameters():
             torch.testing.assert_close(named[name].full_tensor(), weights)
+
+
+def formula_discriminator() -> PublishedSeraena:
+    """The discriminator of the golden vectors, in float64."""
+    seraena = PublishedSeraena(16, torch.device("cpu"))
+    weights = {}
+    for key, shape in MANIFEST["seraena"]["state_dict"].items():
+        weights[key] = torch.as_tensor(formula_tensor(key, shape))
+        if key.endswith("running_var"):
+            weights[key] = weights[key].abs() + 0.5
+        elif key.endswith(".1.weight") and len(shape) == 1:
+            weights[key] = weights[key] + 1
+        elif key.endswith("num_batches_tracked"):
+            weights[key] = torch.tensor(7)
+    seraena.discriminator.load_state_dict(weights)
+    seraena.discriminator.double()
+    return seraena
+
+
+def test_the_published_guidance() -> None:
+    seraena = formula_discriminator()
+    golden = {k: torch.as_tensor(v).double() for k, v in vectors("seraena").items()}
+    real, fake, ctx = golden["real"], golden["fake"], golden["ctx"]
+    correction = seraena.correction(real, fake, ctx)
+    torch.testing.assert_close(correction, golden["correction"], atol=1e-3, rtol=1e-3)
+    scores = seraena.discriminator(real, ctx)
+    torch.testing.assert_close(scores, golden["scores_real_eval"], atol=1e-4, rtol=1e-3)
+
+
+def test_guided_steps_of_the_published_recipe() -> None:
+    torch.manual_seed(0)
+    plain = published(TAEHV("taehv"))
+    seraena = PublishedSeraena(16, torch.device("cpu"))
+    step = PublishedStep(plain, torch.device("cpu"), seraena)
+    frames_NTCHW = clip(plain, 12).float()
+    latents_NTCHW = torch.randn(1, 3, 16, 2, 2)
+    before = seraena.discriminator.blocks[0][0].weight.clone()
+    alone = PublishedStep(published(plain), torch.device("cpu"))
+    guided_loss = step(frames_NTCHW, latents_NTCHW)
+    assert guided_loss > alone(frames_NTCHW, latents_NTCHW) + 0.01
+    step(frames_NTCHW, latents_NTCHW)
+    assert len(seraena._replay) == 2 * 4
+    assert not torch.equal(seraena.discriminator.blocks[0][0].weight, before)
 
 
 def test_operations_of_a_step() -> None:
