@@ -71,8 +71,13 @@ class _Pending:
     step: int
     done: concurrent.futures.Future[None] = field(repr=False)
     begun: float
+    deadline: float
     blocked: float = 0.0
     """Seconds."""
+    is_overdue: bool = False
+    """Whether the deadline has passed on a process, which all know of."""
+    times_late: int = 0
+    """How often it was counted as failed."""
 
 
 class _Staging:
@@ -83,6 +88,8 @@ class _Staging:
     """
 
     def __init__(self, state: State) -> None:
+        tensors = [value for group in state.values() for value in group.values()]
+        self.is_cuda = any(value.is_cuda for value in tensors)
         self.state = {
             group: {
                 name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -99,7 +106,7 @@ class _Staging:
             for name, value in tensors.items():
                 copy = local(self.state[group][name])
                 copy.copy_(local(value), non_blocking=True)
-        if torch.cuda.is_available():
+        if self.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
@@ -246,6 +253,11 @@ class Checkpointer:
 
     # --- saving --------------------------------------------------------------------
 
+    def prepare(self, state: State) -> None:
+        """Take the memory that saves need, which takes longer than a save."""
+        if self._staging is None:
+            self._staging = _Staging(state)
+
     def save(self, step: int, state: State, texts: dict[str, str]) -> None:
         """Begin to write the state of a step, or write it (a collective).
 
@@ -260,19 +272,22 @@ class Checkpointer:
             UserError: too many saves in a row have failed.
         """
         begun = time.monotonic()
-        self.wait()
+        if self._pending is not None and self._pending.times_late:
+            self._check_late()  # training does not wait for it any longer
+        else:
+            self.wait()
         if self._pending is not None:
-            return  # it is late, and counted as failed
+            return
         waited = time.monotonic() - begun
         if waited > LONG_WAIT and self._is_main:
             log.warning(
                 f"step {step} waited {waited:.0f} s for the save before it: raise "
                 "checkpoint.interval, or name a faster checkpoint.folder"
             )
-        if self._staging is None:
-            self._staging = _Staging(state)
+        self.prepare(state)
         self._staging.fill(state)
-        self._pending = _Pending(step, concurrent.futures.Future(), begun)
+        deadline = begun + self.settings.time_limit
+        self._pending = _Pending(step, concurrent.futures.Future(), begun, deadline)
         arguments = (self._pending, self._staging, texts)
         threading.Thread(target=self._run, args=arguments, daemon=True).start()
         self._pending.blocked = time.monotonic() - begun
@@ -296,10 +311,12 @@ class Checkpointer:
         if error is not None and not isinstance(error, FAILURES):
             raise error
         is_sound = not isinstance(error, RuntimeError)
-        verdict = torch.tensor([done, error is None, is_sound]).int()
+        in_time = begun < pending.deadline
+        verdict = torch.tensor([done, error is None, is_sound, in_time]).int()
         dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
-        done, is_good, is_sound = map(bool, verdict.tolist())
+        done, is_good, is_sound, in_time = map(bool, verdict.tolist())
         pending.blocked += time.monotonic() - begun
+        pending.is_overdue = not in_time
         if not done:
             return
         self._pending = None
@@ -307,18 +324,25 @@ class Checkpointer:
             self._group = dist.new_group(backend="gloo", timeout=self.limit)
         if is_good:
             self._succeeded(pending)
-        else:
+        elif not pending.times_late:
             self._failed(pending, _cause(error))
 
     def wait(self) -> None:
-        """As `poll`, once the save is done; too late is failed (a collective)."""
-        if self._pending is None:
-            return
-        left = self._pending.begun + self.limit.total_seconds() - time.monotonic()
-        concurrent.futures.wait([self._pending.done], max(0.0, left))
-        self.poll()
+        """As `poll`, once the save is done or too late, and so failed (collective)."""
         if self._pending is not None:
-            self._failed(self._pending, f"not done in {self.settings.time_limit} s")
+            left = self._pending.deadline - time.monotonic()
+            concurrent.futures.wait([self._pending.done], max(0.0, left))
+            self._check_late()
+
+    def _check_late(self) -> None:
+        """As `poll`; every time limit that a save takes is a failure."""
+        self.poll()
+        pending = self._pending
+        if pending is not None and pending.is_overdue:
+            pending.times_late += 1
+            pending.deadline += self.settings.time_limit
+            late = pending.times_late * self.settings.time_limit
+            self._failed(pending, f"not done in {late} s")
 
     def _succeeded(self, pending: _Pending) -> None:
         self.failures, self.saved_step = 0, pending.step

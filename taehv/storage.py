@@ -40,14 +40,14 @@ class Folder:
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.name = os.fspath(location)
-        self.is_local = "://" not in self.name
-        if self.is_local:
-            self.files, self.path = LocalFileSystem(), self.name
-            return
-        try:
-            self.files, self.path = url_to_fs(self.name)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"cannot reach {self.name}: {error}") from None
+        if "://" not in self.name:
+            self.files, self.path = LocalFileSystem(), os.path.expanduser(self.name)
+        else:
+            try:
+                self.files, self.path = url_to_fs(self.name)
+            except (ImportError, ValueError) as error:
+                raise UserError(f"cannot reach {self.name}: {error}") from None
+        self.is_local = isinstance(self.files, LocalFileSystem)
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(f"{self.name.rstrip('/')}/{name}")
@@ -65,6 +65,7 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether a file lies in it."""
+        self.files.invalidate_cache()
         return self.files.isfile(f"{self.path}/{name}")
 
     def make(self) -> None:

@@ -165,6 +165,7 @@ class Trainer:
         self._build_teacher()
         if origin is not None:
             self._resume(origin)
+        self.checkpointer.prepare(self._state())
         self.log = self._open_log() if world.is_main else None
 
     # --- composition ---------------------------------------------------------------

@@ -26,8 +26,8 @@ def create_stream(files, path, mode):
     fault = FAULTS.pop((step, int(os.environ["RANK"])), None) if "w" in mode else None
     if fault == "permission":
         raise PermissionError(errno.EACCES, "Permission denied", path)
-    if fault == "slow":
-        time.sleep(1)
+    if fault in ("slow", "stuck"):
+        time.sleep({"slow": 1, "stuck": 20}[fault])
     if fault == "limit":  # the operating system refuses
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
@@ -129,3 +129,20 @@ def test_saves_that_never_succeed_end_the_run(
     assert len(run.metrics()) in (5, 6)
     output = run.finish(2)
     assert f"resuming from {run.folder}/checkpoints/step-2" in output
+
+
+@pytest.mark.soak
+def test_a_disk_that_is_stuck_for_a_while(
+    videos: Path, tmp_path: Path, settings: dict
+) -> None:
+    """The other process gives up on the save, and the next one has a group anew."""
+    run = Run(tmp_path, videos, **settings)
+    stuck = start(run, {(3, 1): "stuck"}, checkpoint__time_limit=8)
+    output = stuck.end(seconds=240)
+    told = [line for line in output.splitlines() if "is not saved" in line]
+    assert told and all("step 3 is not saved" in line for line in told), output
+    assert "not done in 8 s" in told[0]
+    assert len(run.metrics()) == 9
+    checkpoints = run.folder / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir())[-1] == "step-9"
+    assert not (checkpoints / "step-3").exists()

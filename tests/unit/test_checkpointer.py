@@ -296,8 +296,9 @@ def test_not_resuming(tmp_path: Path) -> None:
 # Elsewhere
 
 
-def test_checkpoints_elsewhere() -> None:
-    place = "memory://bucket/run"
+@pytest.mark.parametrize("protocol", ["memory://", "file://"])
+def test_checkpoints_elsewhere(tmp_path: Path, protocol: str) -> None:
+    place = f"{protocol}{tmp_path}/run"
     checkpointer = checkpoints(place, 1, 2, 3, 4, keep=3)
     assert checkpointer.steps() == [2, 3, 4]
     files = checkpointer.folder.files
