@@ -41,6 +41,8 @@ SPEEDS = {
 }
 CHART_INCHES = 4.5, 3.0
 COLUMNS = 3
+NARROW = 560
+"""Pixels of a strip that has room for another beside it."""
 
 
 @dataclass
@@ -289,7 +291,9 @@ def write_report(runs: Sequence[Run], output: Path) -> list[Path]:
     body += _validation_section(runs, judged)
     if strips:
         body += [page.heading("Held-out clips")]
-        body += [page.picture(pixels, caption) for pixels, caption in strips]
+        pictures = [page.picture(pixels, caption) for pixels, caption in strips]
+        is_narrow = max(pixels.shape[1] for pixels, _ in strips) <= NARROW
+        body += [page.grid(pictures)] if is_narrow else pictures
         body += _videos(runs)
     body += [page.heading("Training"), *_grid(training)]
     body += [page.heading("Speed"), *_grid(speed)] if speed else []
@@ -375,9 +379,14 @@ def _strips(run: Run, only_last: bool) -> list[tuple[np.ndarray, str]]:
     ]
     name = run.settings.get("validation", {}).get("best", "psnr")
     best = best_validation(run.validations, name)
-    wanted = {drawn[-1]: "last"} if drawn else {}
+    wanted: dict[int, str] = {}
     if drawn and not only_last:
-        wanted = {drawn[0]: "first", **({best.step: "best"} if best else {}), **wanted}
+        wanted = {drawn[0]: "first"}
+        if best is not None:
+            wanted[best.step] = "best"
+    if drawn:
+        is_best = wanted.get(drawn[-1]) == "best"
+        wanted[drawn[-1]] = "best and last" if is_best else "last"
     strips = []
     for step in sorted(wanted.keys() & set(drawn)):
         with Image.open(run.folder / f"samples/step-{step}.png") as image:

@@ -22,6 +22,7 @@ from taehv.validate import validate
 
 FRAMES, SIDE = 5, 16
 CPU = torch.device("cpu")
+EXTRA = {"l1": lambda ours, theirs: (ours - theirs).abs().mean().item()}
 
 
 class Halves:
@@ -48,7 +49,9 @@ def results(counts: list[int], rank: int, size: int, at_once: int) -> list[dict]
         batches = [
             collate(clips[i : i + at_once]) for i in range(0, len(clips), at_once)
         ]
-        result = validate(model, Halves(model), batches, CPU, StopSignal(), True)
+        result = validate(
+            model, Halves(model), batches, CPU, StopSignal(), True, extra=EXTRA
+        )
         shown = {**result.scalars(), "intervals": result.intervals()}
         del shown["seconds"]
         found.append(shown)
@@ -98,7 +101,7 @@ def test_process_counts_and_batch_sizes_give_the_same(processes: int) -> None:
             ours["intervals"], theirs["intervals"] = intervals, others
     assert [result["clips"] for result in alone] == [5, 2]
     measured = {"psnr", "flicker", "decoder_psnr", "decoder_flicker", "teacher_psnr"}
-    assert measured <= alone[0].keys()
+    assert measured | {"l1", "decoder_l1"} <= alone[0].keys()
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     assert "mine: 40 of 40 steps done, 1 of them skipped" in html
     assert "24 ± 1 dB" in html and "psnr 24 at step 40" in html
     assert "training.steps" in html and "optim.lr" not in html  # the default
+    for caption in ("step 0 (first validation)", "step 40 (best and last validation)"):
+        assert f"<figcaption>mine, {caption}</figcaption>" in html
     for name in ("training loss", "PSNR", "clips a second", "host memory, GiB"):
         assert f"<figcaption>{name}</figcaption>" in html
     shades = [
