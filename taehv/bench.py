@@ -31,7 +31,7 @@ from taehv.distributed import (
 from taehv.errors import UserError
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
-from taehv.losses import Targets
+from taehv.losses import Targets, judged
 from taehv.measure import Cost, Limits, Report
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
@@ -180,6 +180,7 @@ class Student:
         self.config = config
         mesh = make_mesh(world.device, config.parallelism, world.size)
         dtype = compute_dtype(config.training.precision, world.device)
+        torch.backends.cudnn.allow_tf32 = dtype != torch.float32
         self.exact = torch.promote_types(dtype, torch.float32)
         self.upload = Upload(world.device, self.exact)
         torch.manual_seed(config.training.seed)
@@ -205,13 +206,20 @@ class Student:
 
     def targets(self, batch: Batch) -> Targets:
         """A batch on the device."""
-        frames_NTCHW = self.upload(batch)
-        latents_NTCHW = batch.latents_NTCHW
-        if latents_NTCHW is not None:
-            latents_NTCHW = latents_NTCHW.to(
-                frames_NTCHW.device, self.exact, non_blocking=True
-            )
-        return Targets(frames_NTCHW, latents_NTCHW)
+        targets = Targets(self.upload(batch))
+        if batch.latents_NTCHW is None:
+            return targets
+        device = targets.frames_NTCHW.device
+        targets.latents_NTCHW = batch.latents_NTCHW.to(
+            device, self.exact, non_blocking=True
+        )
+        variant, frames = self.model.variant, targets.frames_NTCHW.shape[1]
+        latents = batch.latents_NTCHW.shape[1]
+        masks = judged(variant, batch.lead_N, latents, variant.target_frames(frames))
+        targets.judged_latents_NT, targets.judged_frames_NT = (
+            mask.to(device, non_blocking=True) for mask in masks
+        )
+        return targets
 
 
 class PublishedStudent:

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 
-from taehv.bench import Bench, Size
+from taehv.bench import Bench, Size, Student, clips_of
 from taehv.bench_memory import Attempt, attempt, largest_batch
 from taehv.benchmark import main
-from taehv.config import Parallelism
+from taehv.config import Parallelism, load_config
 from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.measure import Report
+from taehv.trainer import train
 
 
 def benchmark(*arguments: object) -> str:
@@ -130,6 +132,21 @@ def test_what_is_printed_is_what_is_written(
             assert float(cells[column]) == pytest.approx(row[column], rel=0.01)
     assert output.startswith("device CPU")
     assert content["PyTorch"] in output
+
+
+def test_the_student_learns_as_in_training(videos: Path, tmp_path: Path) -> None:
+    """The same losses as those of a run: nothing of the trainer is left out."""
+    run = Run(tmp_path, videos, training__steps=3, optim__lr=1e-3)
+    argv = [f"--{key}={value}" for key, value in run.settings.items()]
+    config = load_config(argv)
+    train(config)
+    with started(Parallelism(), "cpu") as world:
+        options = argparse.Namespace(clips=2, root=str(videos), workers=0)
+        bench = Bench(options, world, Report({}, None, speaks=False))
+        student = Student(config, world)
+        with clips_of(bench, config, latents=False) as feed:
+            found = [student(next(feed)).values[0].item() for _ in range(3)]
+    assert found == run.losses()
 
 
 @pytest.mark.soak
