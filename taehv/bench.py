@@ -48,6 +48,10 @@ SWITCHES: dict[str, tuple[Settings, Settings]] = {
     "compiled": ({"compile.enable": False}, {"compile.enable": True}),
     "fused": ({"compile.fused": False}, {"compile.fused": True}),
     "graph": ({"compile.cuda_graph": False}, {"compile.cuda_graph": True}),
+    "checkpointing": (
+        {"training.activation_checkpointing": False},
+        {"training.activation_checkpointing": True},
+    ),
 }
 """Settings of a way to run a step without and with each of these."""
 PLAIN, DEFAULT = "plain", "default"
@@ -186,6 +190,7 @@ class Student:
         torch.manual_seed(config.training.seed)
         self.model = TAEHV(config.model.variant).to(world.device, self.exact)
         self.model.fused = config.compile.fused
+        self.model.checkpointing = config.training.activation_checkpointing
         roots = [self.model.encoder, self.model.decoder]
         compile_in_place(roots, config.compile, world.device)
         shard(roots, mesh, dtype, config.parallelism.cpu_offload)

@@ -84,7 +84,12 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
     "curve-steps": (int, "500", "20", "steps of a curve"),
     "curve-batches": (int, "32", "4", "different batches of a curve"),
     "memory-sizes": (_listed(Size.parse), "17x480x720", "17x480x720", "clips' sizes"),
-    "memory-ways": (_listed(), "fused", "fused", "ways to run a step"),
+    "memory-ways": (
+        _listed(),
+        "compiled+fused,compiled+fused+checkpointing",
+        "fused",
+        "ways to run a step",
+    ),
     "warmup": (int, "10", "1", "calls that do not count"),
     "calls": (int, "30", "3", "calls that count"),
     "seconds": (float, "10", "2", "about the most for those that count"),

@@ -242,6 +242,9 @@ class Training:
     bf16 on GPUs and CPUs that have it, else fp32."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; auto takes the GPUs when there are any."""
+    activation_checkpointing: bool = False
+    """Keep few activations for the backward pass and compute the others anew: larger
+    clips or batches fit into memory, and a step takes about a quarter longer."""
     max_bad_steps: int = 20
     """Steps in a row with a loss or gradient that is not finite after which the run
     stops; each such step is skipped."""

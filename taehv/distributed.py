@@ -167,6 +167,7 @@ def shard(
     offload = OffloadPolicy()
     if cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+        take_cores()
     # Nothing writes in place to what encoder and decoder return.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for root in roots:
@@ -177,6 +178,16 @@ def shard(
             mp_policy=policy,
             offload_policy=offload,
         )
+
+
+def take_cores() -> None:
+    """Give this process its share of the machine's cores where torchrun gave it one.
+
+    It does so for want of OMP_NUM_THREADS, and the optimizer on the CPU would run alone.
+    """
+    if os.environ.get("TORCHELASTIC_RUN_ID") and torch.get_num_threads() == 1:
+        processes = int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 def uses_compile(settings: Compile, device: torch.device) -> bool:

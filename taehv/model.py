@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from taehv import fused
 from taehv.errors import UserError
@@ -221,6 +223,8 @@ def previous_frames(x_NTHWC: Tensor, first_N1HWC: Tensor | None = None) -> Tenso
     """Shift by one frame; `first_N1HWC`, or zeros, comes in at the start."""
     if first_N1HWC is None:
         return F.pad(x_NTHWC[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+    if x_NTHWC.shape[1] == 1:
+        return first_N1HWC
     return torch.cat([first_N1HWC, x_NTHWC[:, :-1]], 1)
 
 
@@ -234,6 +238,9 @@ class VideoSequential(nn.Sequential):
 
     fused = True
     """Whether linear layers in a row are computed as one convolution."""
+    checkpointing = False
+    """Whether the backward pass computes activations anew, but for what goes into a
+    memory block."""
 
     def forward(self, x_NTCHW: Tensor, memory: FrameMemory | None = None) -> Tensor:
         """Run the blocks.
@@ -248,17 +255,40 @@ class VideoSequential(nn.Sequential):
             N T' C' H' W' frames.
         """
         x_NTHWC = x_NTCHW.movedim(2, -1).contiguous()
+        if memory is not None:
+            x_NTHWC = self._continue(x_NTHWC, memory)
+        elif self.checkpointing and torch.is_grad_enabled():
+            for stages in self._segments():
+                x_NTHWC = checkpoint(
+                    partial(_run_all, stages),
+                    x_NTHWC,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is drawn, and it would wait
+                )
+        else:
+            x_NTHWC = _run_all([blocks for _, blocks in self._stages()], x_NTHWC)
+        return x_NTHWC.movedim(-1, 2)
+
+    def _continue(self, x_NTHWC: Tensor, memory: FrameMemory) -> Tensor:
         for index, blocks in self._stages():
-            past = []
-            if memory is not None and isinstance(blocks[0], TPool):
+            before_N1HWC = None
+            if isinstance(blocks[0], TPool):
                 x_NTHWC = memory.whole_groups(index, x_NTHWC, blocks[0].stride)
                 if x_NTHWC.shape[1] == 0:
                     break
             if isinstance(blocks[0], MemoryBlock):
-                before = memory and memory.exchange(index, x_NTHWC)
-                past = [previous_frames(x_NTHWC, before)]
-            x_NTHWC = _run(blocks, x_NTHWC, *past)
-        return x_NTHWC.movedim(-1, 2)
+                before_N1HWC = memory.exchange(index, x_NTHWC)
+            x_NTHWC = _run(blocks, x_NTHWC, before_N1HWC)
+        return x_NTHWC
+
+    def _segments(self) -> list[list[list[nn.Module]]]:
+        """The stages, each memory block with those up to the next one."""
+        segments: list[list[list[nn.Module]]] = [[]]
+        for _, blocks in self._stages():
+            if isinstance(blocks[0], MemoryBlock):
+                segments.append([])
+            segments[-1].append(blocks)
+        return segments
 
     def _stages(self) -> Iterator[tuple[int, list[nn.Module]]]:
         """Blocks that are computed at once, with the first one's index."""
@@ -278,16 +308,31 @@ def _fusible(blocks: Sequence[nn.Module]) -> int:
     return count if fits else 1
 
 
-def _run(blocks: Sequence[nn.Module], *inputs_NTHWC: Tensor) -> Tensor:
-    """Compute blocks that are fusible, or a single one with its inputs."""
-    inputs_BCHW = [x_NTHWC.flatten(0, 1).movedim(-1, 1) for x_NTHWC in inputs_NTHWC]
-    if len(blocks) > 1 and fused.pays(*inputs_BCHW, blocks[-1].weight):
-        x_BCHW = _run_fused(blocks, *inputs_BCHW)
+def _run_all(stages: Iterable[Sequence[nn.Module]], x_NTHWC: Tensor) -> Tensor:
+    for blocks in stages:
+        x_NTHWC = _run(blocks, x_NTHWC)
+    return x_NTHWC
+
+
+def _run(
+    blocks: Sequence[nn.Module], x_NTHWC: Tensor, before_N1HWC: Tensor | None = None
+) -> Tensor:
+    """Compute blocks that are fusible, or one, which may look at the frame before."""
+    first, *others = blocks
+    x_BCHW = _images(x_NTHWC)
+    if isinstance(first, MemoryBlock):
+        x_BCHW = first(x_BCHW, _images(previous_frames(x_NTHWC, before_N1HWC)))
+    elif others and fused.pays(x_BCHW, blocks[-1].weight):
+        x_BCHW = _run_fused(blocks, x_BCHW)
     else:
-        x_BCHW = blocks[0](*inputs_BCHW)
-        for block in blocks[1:]:
+        for block in blocks:
             x_BCHW = block(x_BCHW)
-    return x_BCHW.movedim(1, -1).unflatten(0, (len(inputs_NTHWC[0]), -1))
+    return x_BCHW.movedim(1, -1).unflatten(0, (len(x_NTHWC), -1))
+
+
+def _images(x_NTHWC: Tensor) -> Tensor:
+    """The frames of all videos in turn, B C H W in the same memory."""
+    return x_NTHWC.flatten(0, 1).movedim(-1, 1)
 
 
 def _run_fused(blocks: Sequence[nn.Module], x_BCHW: Tensor) -> Tensor:
@@ -562,6 +607,15 @@ class TAEHV(nn.Module):
     @fused.setter
     def fused(self, enabled: bool) -> None:
         self.encoder.fused = self.decoder.fused = enabled
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether training keeps few activations and computes the others anew."""
+        return self.encoder.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, enabled: bool) -> None:
+        self.encoder.checkpointing = self.decoder.checkpointing = enabled
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

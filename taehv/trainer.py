@@ -210,6 +210,7 @@ class Trainer:
         # have different numbers of clips.
         self.judge = TAEHV(config.model.variant).to(world.device, self.dtype).eval()
         self.model.fused = self.judge.fused = config.compile.fused
+        self.model.checkpointing = config.training.activation_checkpointing
         self.roots = [self.model.encoder, self.model.decoder]
         for root, name in zip(self.roots, ("encoder", "decoder"), strict=True):
             root.requires_grad_(config.model.trained in ("both", name))

@@ -36,7 +36,14 @@ def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         (2, {"parallelism__mode": "fsdp"}),
         (2, {"parallelism__mode": "fsdp", "parallelism__cpu_offload": "true"}),
         (2, {"parallelism__mode": "hsdp", "parallelism__shard_size": 1}),
-        (2, {"parallelism__mode": "fsdp", "training__local_batch_size": 1}),
+        (
+            2,
+            {
+                "parallelism__mode": "fsdp",
+                "training__local_batch_size": 1,
+                "training__activation_checkpointing": "true",
+            },
+        ),
     ],
     ids=[
         "accumulate",
@@ -44,7 +51,7 @@ def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         "fsdp",
         "offload",
         "hsdp",
-        "fsdp-accumulate",
+        "fsdp-accumulate-checkpointing",
     ],
 )
 def test_same_losses(

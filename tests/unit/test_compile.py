@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from taehv.config import Compile
-from taehv.distributed import compile_in_place, keep_compiled_code
+from taehv.distributed import compile_in_place, keep_compiled_code, take_cores
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CPU = torch.device("cpu")
@@ -79,3 +79,22 @@ def test_a_folder_that_cannot_be_made_is_not_used(tmp_path: Path) -> None:
     (tmp_path / ".cache").touch()
     keep_compiled_code()
     assert VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("launched", "given", "taken"), [("1", 1, 4), ("1", 3, 3), ("", 1, 1)]
+)
+def test_offloading_takes_its_share_of_cores(
+    monkeypatch: pytest.MonkeyPatch, launched: str, given: int, taken: int
+) -> None:
+    """Where torchrun has started the process, and gave it a single one."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", launched)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    before = torch.get_num_threads()
+    torch.set_num_threads(given)
+    try:
+        take_cores()
+        assert torch.get_num_threads() == taken
+    finally:
+        torch.set_num_threads(before)

@@ -83,6 +83,7 @@ UNUSUAL: dict[str, Any] = {
     "training.local_batch_size": 4,
     "training.precision": "fp64",
     "training.device": "cpu",
+    "training.activation_checkpointing": True,
     "training.max_bad_steps": 1,
     "optim.lr": 1.7976931348623157e308,
     "optim.betas": [0.0, 0.9999999999999999],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -62,6 +62,18 @@ class Convolutions(TorchDispatchMode):
         if other is not None:
             self.found.append(other)
         return op(*args, **(kwargs or {}))
+
+
+def compile_with(parts: list[nn.Module], forward: Callable, backward: Callable) -> None:
+    """Compile as inductor would, with these as the compilers of graphs."""
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=backward,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    for part in parts:
+        part.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 def video(
@@ -163,14 +175,7 @@ def test_compiled_convolutions_find_channels_last(name: str) -> None:
                 found.append(other)
         return make_boxed_func(graph)
 
-    backend = aot_autograd(
-        fw_compiler=look,
-        bw_compiler=look,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
-    )
-    for blocks in (model.encoder, model.decoder):
-        blocks.compile(fullgraph=True, dynamic=False, backend=backend)
+    compile_with([model.encoder, model.decoder], look, look)
     train(model, video(model, 8))
     assert len(found) > 100
     assert not any(found)
@@ -181,3 +186,55 @@ def test_small_inputs_are_not_worth_a_product(monkeypatch: pytest.MonkeyPatch) -
     second = torch.empty(64, 64, 3, 3)
     assert fused.pays(torch.empty(2, 32, 4, 8), second)
     assert not fused.pays(torch.empty(1, 32, 7, 9), second)
+
+
+def kept_bytes(model: TAEHV, frames_NTCHW: Tensor) -> int:
+    """How much a forward pass keeps for the backward pass, parameters apart."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        latents_NTCHW = model.encode_video(frames_NTCHW)
+        decoded_NTCHW = model.decode_video(latents_NTCHW, clamp=False)
+    assert decoded_NTCHW.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["taehv", "taew2_2_super"])
+def test_checkpointing_keeps_less_and_gives_the_same(name: str) -> None:
+    model = perturbed(name)
+    frames_NTCHW = video(model, dtype=torch.float64)
+    expected, all_of_it = train(model, frames_NTCHW), kept_bytes(model, frames_NTCHW)
+    model.checkpointing = True
+    with Convolutions() as convolutions:
+        found = train(model, frames_NTCHW)
+    assert not any(convolutions.found)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    assert kept_bytes(model, frames_NTCHW) < 0.25 * all_of_it
+
+
+def test_checkpointing_compiles_to_graphs_that_keep_less() -> None:
+    kept = []
+    weights = {p.shape for p in TAEHV("taehv").parameters()}
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        kept.append(sum(x.nbytes for x in inputs if x.shape not in weights))
+        return make_boxed_func(graph)
+
+    results = []
+    for checkpointing in (False, True):
+        model = perturbed("taehv")
+        model.checkpointing = checkpointing
+        compile_with([model.encoder], lambda graph, _: make_boxed_func(graph), count)
+        results.append(train(model, video(model, 8, torch.float64)))
+    for key, value in results[0].items():
+        scale = value.abs().max()
+        assert (results[1][key] - value).abs().max() <= 1e-12 * scale, key
+    assert kept[1] < 0.5 * kept[0]
