@@ -297,6 +297,39 @@ class Loss:
 
 
 @dataclass
+class Seraena:
+    enable: bool = False
+    """Let a discriminator, trained along, correct the decoded frames: sharper, with a
+    lower PSNR."""
+    start_step: int = 0
+    """Steps without it at the start."""
+    ramp_steps: int = 100
+    """Steps from start_step on over which its weight rises to the full one."""
+    weight: float = 0.05
+    """Weight of the mean squared error to the corrected frames, which are about 1 off;
+    in the published recipe 1, and 1 for the reconstruction by its mean square."""
+    adaptive: bool = False
+    """Make weight the ratio of its gradient, where it reaches the decoded frames, to
+    that of the other losses of the frames."""
+    discriminator_lr: float = 3e-4
+    """Learning rate of the discriminator, the same in all steps."""
+    interval: int = 1
+    """Steps between two of the discriminator; decoded frames are corrected in all."""
+    frames: int = 3
+    """Frames that the discriminator sees at a time."""
+    replay_size: int = 4096
+    """Earlier reconstructions that the discriminator goes on learning from, over all
+    processes; 0 keeps none."""
+    replay_dtype: Literal["bf16", "uint8", "fp32"] = "bf16"
+    """Number format of what is kept; uint8 takes half of bf16, and clamps."""
+    replay_device: Literal["auto", "cpu"] = "auto"
+    """Where it is kept; auto: where the training is; cpu saves the GPU's memory, but
+    makes it wait, and cannot be part of a CUDA graph."""
+    replay_in_checkpoint: bool = False
+    """Save it in checkpoints, for an exact resume; else a resumed run fills it anew."""
+
+
+@dataclass
 class Parallelism:
     mode: Literal["replicate", "fsdp", "hsdp"] = "replicate"
     """replicate: every process holds the model (fastest for one this small); fsdp:
@@ -395,6 +428,7 @@ class Config:
     training: Training = field(default_factory=Training)
     optim: Optim = field(default_factory=Optim)
     loss: Loss = field(default_factory=Loss)
+    seraena: Seraena = field(default_factory=Seraena)
     parallelism: Parallelism = field(default_factory=Parallelism)
     compile: Compile = field(default_factory=Compile)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -446,6 +480,13 @@ LIMITS: dict[str, tuple[float, float]] = {
     "loss.latent_scale_weight": (0, math.inf),
     "loss.temporal_weight": (0, math.inf),
     "loss.consistency_weight": (0, math.inf),
+    "seraena.start_step": (0, math.inf),
+    "seraena.ramp_steps": (0, math.inf),
+    "seraena.weight": (0, math.inf),
+    "seraena.discriminator_lr": (0, math.inf),
+    "seraena.interval": (1, math.inf),
+    "seraena.frames": (1, math.inf),
+    "seraena.replay_size": (0, math.inf),
     "parallelism.shard_size": (0, math.inf),
     "checkpoint.interval": (1, math.inf),
     "checkpoint.keep": (0, math.inf),
@@ -559,6 +600,8 @@ def check_config(config: Config) -> None:
     _check_buckets(config)
     _check_graph(config)
     _check_patience(config.validation)
+    if config.seraena.enable:
+        _check_seraena(config)
 
 
 def _check_clips(config: Config) -> None:
@@ -656,6 +699,46 @@ def _check_patience(validation: Validation) -> None:
         raise UserError(
             f"validation.patience = {validation.patience} needs validation.best and "
             "validation.clips: set both, or patience to 0"
+        )
+
+
+def _check_seraena(config: Config) -> None:
+    settings, loss, data = config.seraena, config.loss, config.data
+    samples = 0
+    for shape in data.shapes:
+        frames = VARIANTS[config.model.variant].target_frames(shape.frames)
+        clips = data.clips_of(shape, config.training.global_batch_size)
+        samples = max(samples, -(-frames // settings.frames) * clips)
+        if settings.frames > frames:
+            raise UserError(
+                f"seraena.frames = {settings.frames} is more than the {frames} frames "
+                f"that clips of {shape.frames} decode to: lower it or take more"
+            )
+    samples *= len(data.shapes)
+    is_taught = config.teacher.kind or config.data.cache
+    if (
+        config.model.trained == "encoder"
+        and is_taught
+        and loss.decoder_latents == "teacher"
+    ):
+        raise UserError(
+            "seraena.enable = true corrects decoded frames, model.trained = encoder "
+            "decodes none: set loss.decoder_latents to own or mixture"
+        )
+    if settings.adaptive and not (loss.reconstruction_weight or loss.temporal_weight):
+        raise UserError(
+            "seraena.adaptive = true needs another loss of the frames to compare with: "
+            "raise loss.reconstruction_weight"
+        )
+    if 0 < settings.replay_size < samples:
+        raise UserError(
+            f"seraena.replay_size = {settings.replay_size} must be 0 or at least "
+            f"{samples}, the groups of frames in a step, for each shape of clips"
+        )
+    if config.compile.cuda_graph is True and settings.replay_device == "cpu":
+        raise UserError(
+            "compile.cuda_graph = true cannot hold seraena.replay_device = cpu: take "
+            "one of them"
         )
 
 

@@ -6,6 +6,7 @@ micro-batches of equal size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,16 +36,40 @@ class Targets:
     """Mask of the frames that count; None takes all."""
     own_N: Tensor | None = None
     """Clips whose own latents are decoded, not the teacher's; for the mixture."""
+    draws_NG3: Tensor | None = None
+    """Random numbers for adversarial guidance, see Seraena.draws; None where there is
+    none."""
+
+
+@dataclass
+class Decoded:
+    """What a student made of one batch, none of it with a gradient."""
+
+    frames_NTCHW: Tensor
+    """Decoded, not clamped."""
+    target_NTCHW: Tensor
+    """True frames of the same shape, RGB in [0, 1]."""
+    latents_NTCHW: Tensor
+    """What was decoded."""
+
+
+Guide = Callable[[Decoded], tuple[Tensor, Tensor]]
+"""Gives frames to draw nearer to, and the weight of their mean squared error."""
+
+
+Terms = dict[str, tuple[float | Tensor, Tensor]]
+"""Weight and value, by name."""
 
 
 def training_losses(
-    model: TAEHV, targets: Targets, settings: Loss
+    model: TAEHV, targets: Targets, settings: Loss, guide: Guide | None = None
 ) -> dict[str, Tensor]:
     """One forward pass of the student, and what it is judged by.
 
     With a teacher, the encoder learns the teacher's latents and the decoder learns to
     decode them, or the student's own; without, the student is an autoencoder with a
     latent space of its own. Frozen parts run only where gradients pass through them.
+    Where there is a guide, it says how decoded frames should change.
 
     Returns:
         Scalars: "loss" to minimise, its terms and, where frames are decoded, "mse",
@@ -53,19 +78,17 @@ def training_losses(
     Raises:
         UserError: the teacher gives another number or size of latents.
     """
-    teacher_NTCHW = targets.latents_NTCHW
-    decodes_own = teacher_NTCHW is None or settings.decoder_latents != "teacher"
-    terms: dict[str, tuple[float, Tensor]] = {}
+    decodes_own = _decodes_own(targets, settings)
+    latents_NTCHW = targets.latents_NTCHW
+    terms: Terms = {}
     if decodes_own or _is_trained(model.encoder):
         latents_NTCHW = model.encode_video(targets.frames_NTCHW)
         terms |= _latent_terms(latents_NTCHW, targets, settings)
     measured = {}
     if decodes_own or _is_trained(model.decoder):
-        decoder_input_NTCHW = teacher_NTCHW
-        if decodes_own:
-            decoder_input_NTCHW = _mixed(latents_NTCHW, targets, settings)
+        latents_NTCHW = _mixed(latents_NTCHW, targets, settings)
         frame_terms, measured = _frame_terms(
-            model, decoder_input_NTCHW, targets, settings
+            model, latents_NTCHW, targets, settings, guide
         )
         terms |= frame_terms
     loss = sum(weight * value for weight, value in terms.values())
@@ -73,13 +96,27 @@ def training_losses(
     return {"loss": loss, **values, **measured}
 
 
+@torch.no_grad()
+def decode(model: TAEHV, targets: Targets, settings: Loss) -> Decoded:
+    """The frames that `training_losses` judges."""
+    latents_NTCHW = targets.latents_NTCHW
+    if _decodes_own(targets, settings):
+        own_NTCHW = model.encode_video(targets.frames_NTCHW)
+        latents_NTCHW = _mixed(own_NTCHW, targets, settings)
+    decoded_NTCHW = model.decode_video(latents_NTCHW, clamp=False)
+    target_NTCHW, decoded_NTCHW = aligned(targets.frames_NTCHW, decoded_NTCHW)
+    return Decoded(decoded_NTCHW, target_NTCHW, latents_NTCHW)
+
+
+def _decodes_own(targets: Targets, settings: Loss) -> bool:
+    return targets.latents_NTCHW is None or settings.decoder_latents != "teacher"
+
+
 def _is_trained(part: nn.Module) -> bool:
     return next(part.parameters()).requires_grad
 
 
-def _latent_terms(
-    latents_NTCHW: Tensor, targets: Targets, settings: Loss
-) -> dict[str, tuple[float, Tensor]]:
+def _latent_terms(latents_NTCHW: Tensor, targets: Targets, settings: Loss) -> Terms:
     if targets.latents_NTCHW is None:
         value = latent_scale_loss(latents_NTCHW)
         return {"latent_scale": (settings.latent_scale_weight, value)}
@@ -89,7 +126,9 @@ def _latent_terms(
 
 
 def _mixed(latents_NTCHW: Tensor, targets: Targets, settings: Loss) -> Tensor:
-    """The student's latents, or for the mixture the teacher's in the other clips."""
+    """What is decoded: the student's latents, the teacher's, or clip by clip."""
+    if not _decodes_own(targets, settings):
+        return targets.latents_NTCHW
     if targets.latents_NTCHW is None or settings.decoder_latents == "own":
         return latents_NTCHW
     own_N1111 = targets.own_N.view(-1, 1, 1, 1, 1)
@@ -97,21 +136,56 @@ def _mixed(latents_NTCHW: Tensor, targets: Targets, settings: Loss) -> Tensor:
 
 
 def _frame_terms(
-    model: TAEHV, latents_NTCHW: Tensor, targets: Targets, settings: Loss
-) -> tuple[dict[str, tuple[float, Tensor]], dict[str, Tensor]]:
+    model: TAEHV,
+    latents_NTCHW: Tensor,
+    targets: Targets,
+    settings: Loss,
+    guide: Guide | None,
+) -> tuple[Terms, dict[str, Tensor]]:
     decoded_NTCHW = model.decode_video(latents_NTCHW, clamp=False)
     target_NTCHW, decoded_NTCHW = aligned(targets.frames_NTCHW, decoded_NTCHW)
-    judged_NT, kind = targets.judged_frames_NT, settings.reconstruction
-    value = reconstruction_loss(decoded_NTCHW, target_NTCHW, kind, judged_NT)
-    terms = {"reconstruction": (settings.reconstruction_weight, value)}
-    if settings.temporal_weight:
-        value = temporal_loss(decoded_NTCHW, target_NTCHW, kind, judged_NT)
-        terms["temporal"] = (settings.temporal_weight, value)
+    judged_NT = targets.judged_frames_NT
+    terms = _distances(decoded_NTCHW, target_NTCHW, judged_NT, settings)
     if settings.consistency_weight:
         value = consistency_loss(model, decoded_NTCHW, latents_NTCHW)
         terms["consistency"] = (settings.consistency_weight, value)
+    if guide is not None:
+        parts = (decoded_NTCHW, target_NTCHW, latents_NTCHW)
+        corrected_NTCHW, weight = guide(Decoded(*(part.detach() for part in parts)))
+        value = reconstruction_loss(decoded_NTCHW, corrected_NTCHW, "mse", judged_NT)
+        terms["adversarial"] = (weight, value)
     error_NTCHW = (decoded_NTCHW.detach().clamp(0, 1) - target_NTCHW).square()
     return terms, {"mse": _mean(error_NTCHW, judged_NT)}
+
+
+def _distances(
+    decoded_NTCHW: Tensor,
+    target_NTCHW: Tensor,
+    judged_NT: Tensor | None,
+    settings: Loss,
+) -> Terms:
+    kind = settings.reconstruction
+    value = reconstruction_loss(decoded_NTCHW, target_NTCHW, kind, judged_NT)
+    terms: Terms = {"reconstruction": (settings.reconstruction_weight, value)}
+    if settings.temporal_weight:
+        value = temporal_loss(decoded_NTCHW, target_NTCHW, kind, judged_NT)
+        terms["temporal"] = (settings.temporal_weight, value)
+    return terms
+
+
+def distance_gradient(
+    decoded: Decoded, judged_NT: Tensor | None, settings: Loss
+) -> Tensor:
+    """Norm of each clip's gradient, of the distance to the true frames.
+
+    With respect to the decoded frames, of all distances with their weights.
+    """
+    frames_NTCHW = decoded.frames_NTCHW.detach().requires_grad_()
+    with torch.enable_grad():
+        terms = _distances(frames_NTCHW, decoded.target_NTCHW, judged_NT, settings)
+        loss = sum(weight * value for weight, value in terms.values())
+    (gradient_NTCHW,) = torch.autograd.grad(loss, frames_NTCHW)
+    return gradient_NTCHW.square().sum((1, 2, 3, 4)).sqrt()
 
 
 def judged(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,20 @@ from torch import Tensor, nn
 
 from taehv.config import Loss
 from taehv.distributed import mean_over_ranks, set_gradient_sync
-from taehv.losses import Targets, training_losses
+from taehv.losses import (
+    Decoded,
+    Guide,
+    Targets,
+    decode,
+    distance_gradient,
+    training_losses,
+)
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema
+from taehv.seraena import Part, Seraena
 
+Kind = Literal["alone", "guided", "learning"]
+"""Without guidance; with it; and with a step of the discriminator, too."""
 WARMUP_CALLS = 3
 """Steps before the capture: compiling and the libraries' set-up cannot be captured."""
 
@@ -30,8 +41,9 @@ class StepResult:
 
     names: list[str]
     values: Tensor
-    """The mean over all processes of each named loss; then the gradient's norm, 1 if
-    the step was applied or 0, and this process's loss of each micro-batch."""
+    """The mean over all processes of each named loss, and what is told of adversarial
+    guidance; then the gradient's norm, 1 if the step was applied or 0, and this
+    process's loss of each micro-batch."""
 
 
 class TrainingStep:
@@ -44,7 +56,8 @@ class TrainingStep:
         ema: of all parameters.
         loss: section [loss].
         graph: replay the whole step as one CUDA graph, one for each shape of the
-            batches; the first few calls of a shape run as they are.
+            batches and kind of step; the first few calls of each run as they are.
+        seraena: adversarial guidance, which the batches then have draws for.
     """
 
     def __init__(
@@ -55,12 +68,14 @@ class TrainingStep:
         ema: Ema,
         loss: Loss,
         graph: bool,
+        seraena: Seraena | None = None,
     ) -> None:
         self.model, self.roots, self.optimizer = model, roots, optimizer
         self.ema, self.loss, self.graph = ema, loss, graph
+        self.seraena = seraena
         self._share = torch.zeros_like(optimizer.lr)
-        self._calls: Counter[Shapes] = Counter()
-        self._captured: dict[Shapes, _Capture] = {}
+        self._calls: Counter[tuple[Kind, Shapes]] = Counter()
+        self._captured: dict[tuple[Kind, Shapes], _Capture] = {}
         self._stream = torch.cuda.Stream() if graph else None
 
     def __call__(self, batches: list[Targets], step: int, rate: float) -> StepResult:
@@ -73,25 +88,33 @@ class TrainingStep:
         """
         self.optimizer.lr.fill_(rate)
         self._share.fill_(self.ema.share(step))
+        kind = self._kind(step)
         if not self.graph:
-            return self._run(batches)
-        shapes = _shapes(batches)
-        self._calls[shapes] += 1
-        if self._calls[shapes] <= WARMUP_CALLS:
-            return self._run_aside(batches)
-        if shapes not in self._captured:
-            self._captured[shapes] = self._capture(batches)
-        captured = self._captured[shapes]
+            return self._run(batches, kind)
+        key = kind, _shapes(batches)
+        self._calls[key] += 1
+        if self._calls[key] <= WARMUP_CALLS:
+            return self._run_aside(batches, kind)
+        if key not in self._captured:
+            self._captured[key] = self._capture(batches, kind)
+        captured = self._captured[key]
         for static, batch in zip(captured.inputs, batches, strict=True):
             _copy(static, batch)
         captured.graph.replay()
         return StepResult(captured.result.names, captured.result.values.clone())
 
-    def _run(self, batches: list[Targets]) -> StepResult:
+    def _kind(self, step: int) -> Kind:
+        if self.seraena is None or not self.seraena.is_on(step):
+            return "alone"
+        self.seraena.set_weight(step)
+        return "learning" if self.seraena.learns(step) else "guided"
+
+    def _run(self, batches: list[Targets], kind: Kind) -> StepResult:
         sums, losses = 0.0, []
-        for index, targets in enumerate(batches):
+        guides = self._guides(batches, kind)
+        for index, (targets, guide) in enumerate(zip(batches, guides, strict=True)):
             set_gradient_sync(self.roots, index == len(batches) - 1)
-            terms = training_losses(self.model, targets, self.loss)
+            terms = training_losses(self.model, targets, self.loss, guide)
             (terms["loss"] / len(batches)).backward()
             values = torch.stack([term.detach() for term in terms.values()])
             sums = sums + values
@@ -101,22 +124,58 @@ class TrainingStep:
             means = mean_over_ranks(means)
         norm, is_applied = self.optimizer.step(means[0])
         self.ema.update(self._share * is_applied)
-        found = [*means, norm, is_applied, *losses]
-        return StepResult(list(terms), torch.stack([x.to(means) for x in found]))
+        health = {}
+        if kind != "alone":
+            self.seraena.settle(is_applied)
+            health = {f"seraena/{k}": v for k, v in self.seraena.health.items()}
+        found = [*means, *health.values(), norm, is_applied, *losses]
+        values = torch.stack([x.to(means) for x in found])
+        return StepResult([*terms, *health], values)
 
-    def _run_aside(self, batches: list[Targets]) -> StepResult:
+    def _guides(self, batches: list[Targets], kind: Kind) -> list[Guide | None]:
+        """Of each micro-batch.
+
+        The discriminator learns from all of them at once, before any of them is
+        corrected. Several are therefore decoded once more, ahead.
+        """
+        if kind == "alone":
+            return [None] * len(batches)
+        learns = kind == "learning"
+        if len(batches) == 1:
+            return [lambda decoded: self._corrected(batches, [decoded], learns)[0]]
+        decoded = [decode(self.model, targets, self.loss) for targets in batches]
+        corrected = self._corrected(batches, decoded, learns)
+        return [lambda _, found=found: found for found in corrected]
+
+    def _corrected(
+        self, batches: list[Targets], decoded: list[Decoded], learns: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        parts = []
+        for targets, made in zip(batches, decoded, strict=True):
+            judged_NT = targets.judged_frames_NT
+            gradient_N = distance_gradient(made, judged_NT, self.loss)
+            if judged_NT is None:
+                shape, device = made.frames_NTCHW.shape[:2], made.frames_NTCHW.device
+                judged_NT = torch.ones(shape, dtype=torch.bool, device=device)
+            _, T, _, H, W = targets.frames_NTCHW.shape
+            draws_NG3 = targets.draws_NG3
+            parts.append(Part((T, H, W), made, judged_NT, draws_NG3, gradient_N))
+        corrected, weight = self.seraena.guide(parts, learns)
+        return [(frames_NTCHW, weight) for frames_NTCHW in corrected]
+
+    def _run_aside(self, batches: list[Targets], kind: Kind) -> StepResult:
         """On the stream of the capture, where autograd and FSDP2 then have been."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            result = self._run(batches)
+            result = self._run(batches, kind)
         torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
-    def _capture(self, batches: list[Targets]) -> _Capture:
+    def _capture(self, batches: list[Targets], kind: Kind) -> _Capture:
         """Record the step, without running it, over inputs that stay where they are.
 
         What GPUs send one another is recorded with it; FSDP2 can be since PyTorch 2.11.
-        The graphs of all shapes share their memory: they never run side by side, and
+        All graphs share their memory: they never run side by side, and
         what one leaves is copied before the next begins.
         """
         inputs = [_clone(batch) for batch in batches]
@@ -129,7 +188,7 @@ class TrainingStep:
             stream=self._stream,
             capture_error_mode="thread_local",
         ):
-            result = self._run(inputs)
+            result = self._run(inputs, kind)
         return _Capture(graph, inputs, result)
 
 

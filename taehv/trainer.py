@@ -55,6 +55,13 @@ from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
 from taehv.perceptual import load_measures
 from taehv.sampler import SAMPLER_VERSION, Buckets, Steps, toss
+from taehv.seraena import (
+    SERAENA_GROUPS,
+    CollapseWatch,
+    Seraena,
+    new_discriminator,
+    new_view,
+)
 from taehv.step import StepResult, TrainingStep
 from taehv.storage import Folder
 from taehv.teacher import check_teacher, load_teacher
@@ -148,6 +155,7 @@ class Trainer:
         self.pending: deque[Pending] = deque()
         self.bad_clips = 0
         self.bad_files: set[str] = set()
+        self.collapse = CollapseWatch()
         settings = config.validation
         check_best(settings.best)
         self.extra = load_measures(
@@ -222,14 +230,42 @@ class Trainer:
         shard_group = world.mesh["shard"].get_group() if is_sharded else None
         self.optimizer = AdamW(trained, config.optim, shard_group)
         self.ema = Ema(self.parameters, config.optim.ema_decay)
+        self.seraena = None
+        if config.seraena.enable:
+            self.seraena = self._build_seraena(shard_group)
         self.training_step = TrainingStep(
             self.model,
             self.roots,
             self.optimizer,
             self.ema,
             config.loss,
-            uses_cuda_graph(config.compile, config.parallelism, world.device),
+            self._uses_cuda_graph(),
+            self.seraena,
         )
+
+    def _uses_cuda_graph(self) -> bool:
+        settings, device = self.config.seraena, self.world.device
+        # A graph cannot hold what the host has to take part in.
+        if settings.enable and settings.replay_device == "cpu" and settings.replay_size:
+            return False
+        return uses_cuda_graph(self.config.compile, self.config.parallelism, device)
+
+    def _build_seraena(self, shard_group: dist.ProcessGroup | None) -> Seraena:
+        config, world, settings = self.config, self.world, self.config.seraena
+        discriminator = new_discriminator(
+            settings, self.model.variant, config.training.seed
+        ).to(world.device, self.exact)
+        compile_in_place([discriminator], config.compile, world.device)
+        shard([discriminator], world.mesh, self.dtype, config.parallelism.cpu_offload)
+        like = torch.empty(0, dtype=self.exact, device=world.device)
+        shapes, variant = config.data.shapes, self.model.variant
+        views = {
+            shape[:3]: new_view(
+                settings, variant, shape[:3], clips // world.size, 1 / len(shapes), like
+            )
+            for shape, clips in zip(shapes, self.buckets.clips, strict=True)
+        }
+        return Seraena(discriminator, settings, views, like, shard_group)
 
     def _build_teacher(self) -> None:
         self.teacher = load_teacher(
@@ -289,6 +325,8 @@ class Trainer:
             )
             + (f", {crops} of a window" if (crops := data.crops_per_window) > 1 else "")
         )
+        if self.seraena is not None:
+            log.info(str(self.seraena))
         if not len(self.held_out) and config.validation.clips:
             log.warning(
                 "validation is off: "
@@ -310,7 +348,8 @@ class Trainer:
             "files_hash": self._clips_hash(),
             "sampler_version": SAMPLER_VERSION,
         }
-        return training_state(self.model, self.ema, self.optimizer, counts)
+        groups = self.seraena.state(self.world.rank) if self.seraena else {}
+        return training_state(self.model, self.ema, self.optimizer, counts, **groups)
 
     def _clips_hash(self) -> int:
         return int(self.fingerprint[:15], 16)
@@ -325,13 +364,15 @@ class Trainer:
                 f"{origin} is of model.variant {made_as}, not "
                 f"{variant}: take that, or choose another --job.name"
             )
-        load(origin, state)
+        filled = load(origin, state, optional=SERAENA_GROUPS & state.keys())
         loaded = {key: value.item() for key, value in state["counts"].items()}
         self._check_unchanged(origin, loaded, expected)
         self.counts = Counts(**{key: loaded[key] for key in asdict(self.counts)})
         # Other buckets than before, if allowed, have their steps elsewhere.
         self.counts.samples = self.buckets.aligned(self.counts.samples)
         log.info(f"resuming from {origin}")
+        if self.seraena is not None:
+            self.seraena.go_on(self.counts.step, filled)
 
     def _check_unchanged(
         self, origin: Folder, before: dict[str, int], now: dict[str, int]
@@ -474,6 +515,8 @@ class Trainer:
         self.counts.skipped += not is_applied
         if not is_applied:
             self._tell_skipped(done, losses)
+        elif self.collapse.see(record):
+            log.warning(f"step {done.step}: {self.collapse}")
         record |= {
             "grad_norm": norm,
             "learning_rate": done.rate,
@@ -530,6 +573,11 @@ class Trainer:
         if self.config.loss.decoder_latents == "mixture":
             own_N = toss(self.config.training.seed, batch.numbers)
             targets.own_N = own_N.to(self.world.device, non_blocking=True)
+        if self.seraena is not None:
+            _, T, _, H, W = frames_NTCHW.shape
+            seed = self.config.training.seed
+            draws_NG3 = self.seraena.draws(seed, batch.numbers, (T, H, W))
+            targets.draws_NG3 = draws_NG3.to(self.world.device, non_blocking=True)
         return targets
 
     def _tell_skipped(self, done: Pending, losses: list[float]) -> None:
@@ -585,6 +633,8 @@ class Trainer:
 
     def _validate(self) -> None:
         settings = self.config.validation
+        if self.seraena is not None and self.log is not None:
+            self._show_seraena()
         if not settings.clips or not len(self.held_out):
             return
         weights = self._whole_ema()
@@ -637,6 +687,12 @@ class Trainer:
         """Whether too many validations in a row were no better (a collective)."""
         best, patience = self._best(), self.config.validation.patience
         return bool(from_main(best is not None and 0 < patience <= best.since))
+
+    def _show_seraena(self) -> None:
+        picture = self.seraena.picture()
+        if picture is not None:
+            name = "seraena/true_decoded_corrected_and_score_maps"
+            self.log.picture(name, picture, self.counts.step)
 
     def _finish(self) -> None:
         """See that the last step is saved, export the weights, sum up."""

@@ -164,6 +164,15 @@ class Variant:
         longer = itertools.count(frames)
         return next(n for n in longer if self.frames_of(self.latents_of(n)) >= frames)
 
+    def latents_of_frames(self, latents: int) -> list[int]:
+        """Of each frame that decoding `latents` latents returns, which latent it is of.
+
+        Latents before that one have a part in the frame, too, through the memory.
+        """
+        factor = self.time_factor
+        runs = self.kept_frames(latents)
+        return [raw // factor for run in runs for raw in range(run.start, run.stop)]
+
     def target_frames(self, frames: int) -> int:
         """How many leading input frames the decoded frames are compared with.
 

@@ -19,6 +19,7 @@ LAYERS = {
     "variants": GROUND,
     "config": GROUND,
     "distributed": COMPONENT,
+    "seraena": COMPONENT,
     "step": COMPONENT,
     "checkpoint": COMPONENT,
     "checkpointer": COMPONENT,
