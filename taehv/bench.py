@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from taehv import measure
 from taehv.augment import Upload
@@ -38,6 +40,7 @@ from taehv.optim import AdamW, Ema, learning_rate
 from taehv.reference import LEARNING_RATE, PublishedStep, published
 from taehv.reference_seraena import PublishedSeraena
 from taehv.sampler import Steps
+from taehv.seraena import Seraena, new_discriminator, new_view
 from taehv.step import StepResult, TrainingStep
 from taehv.variants import VARIANTS
 from taehv.video import write_mp4
@@ -52,6 +55,7 @@ SWITCHES: dict[str, tuple[Settings, Settings]] = {
         {"training.activation_checkpointing": False},
         {"training.activation_checkpointing": True},
     ),
+    "seraena": ({"seraena.enable": False}, {"seraena.enable": True}),
 }
 """Settings of a way to run a step without and with each of these."""
 PLAIN, DEFAULT = "plain", "default"
@@ -200,8 +204,32 @@ class Student:
         optimizer = AdamW(parameters.values(), config.optim, shard_group)
         ema = Ema(parameters, config.optim.ema_decay)
         graph = uses_cuda_graph(config.compile, config.parallelism, world.device)
-        self.step = TrainingStep(self.model, roots, optimizer, ema, config.loss, graph)
+        self.seraena = None
+        if config.seraena.enable:
+            self.seraena = self._seraena(world, mesh, dtype, shard_group)
+        self.step = TrainingStep(
+            self.model, roots, optimizer, ema, config.loss, graph, self.seraena
+        )
         self.steps = 0
+
+    def _seraena(
+        self,
+        world: World,
+        mesh: DeviceMesh,
+        dtype: torch.dtype,
+        shard_group: dist.ProcessGroup | None,
+    ) -> Seraena:
+        config, variant = self.config, self.model.variant
+        settings, data = config.seraena, config.data
+        discriminator = new_discriminator(settings, variant, config.training.seed)
+        discriminator.to(world.device, self.exact)
+        compile_in_place([discriminator], config.compile, world.device)
+        shard([discriminator], mesh, dtype, config.parallelism.cpu_offload)
+        like = torch.empty(0, dtype=self.exact, device=world.device)
+        shape = (data.frames, data.height, data.width)
+        clips = config.training.global_batch_size // world.size
+        view = new_view(settings, variant, shape, clips, 1.0, like)
+        return Seraena(discriminator, settings, {shape: view}, like, shard_group)
 
     def __call__(self, batch: Batch) -> StepResult:
         """Train by a batch, by the learning rate of this step."""
@@ -212,9 +240,14 @@ class Student:
     def targets(self, batch: Batch) -> Targets:
         """A batch on the device."""
         targets = Targets(self.upload(batch))
+        device = targets.frames_NTCHW.device
+        if self.seraena is not None:
+            _, T, _, H, W = targets.frames_NTCHW.shape
+            seed = self.config.training.seed
+            draws_NG3 = self.seraena.draws(seed, batch.numbers, (T, H, W))
+            targets.draws_NG3 = draws_NG3.to(device, non_blocking=True)
         if batch.latents_NTCHW is None:
             return targets
-        device = targets.frames_NTCHW.device
         targets.latents_NTCHW = batch.latents_NTCHW.to(
             device, self.exact, non_blocking=True
         )

@@ -56,7 +56,8 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
     "variants": (_listed(), "taehv", "taehv", "which models"),
     "ways": (
         _listed(),
-        f"{REFERENCE},{PLAIN},compiled,compiled+fused,compiled+fused+graph",
+        f"{REFERENCE},{PLAIN},compiled,compiled+fused,compiled+fused+graph,"
+        f"{REFERENCE}+seraena,compiled+fused+graph+seraena",
         f"{REFERENCE},{PLAIN}",
         f"ways to run a step: {REFERENCE} (the recipe), {PLAIN}, {DEFAULT} (of the "
         f"settings), or switches joined by +: {', '.join(SWITCHES)}",

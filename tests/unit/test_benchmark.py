@@ -136,7 +136,8 @@ def test_what_is_printed_is_what_is_written(
 
 def test_the_student_learns_as_in_training(videos: Path, tmp_path: Path) -> None:
     """The same losses as those of a run: nothing of the trainer is left out."""
-    run = Run(tmp_path, videos, training__steps=3, optim__lr=1e-3)
+    settings = {"training__steps": 3, "optim__lr": 1e-3, "seraena__enable": "true"}
+    run = Run(tmp_path, videos, **settings)
     argv = [f"--{key}={value}" for key, value in run.settings.items()]
     config = load_config(argv)
     train(config)
