@@ -16,8 +16,10 @@ import math
 import os
 import re
 import signal
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from taehv import measure as timing
 from taehv.comparison import (
     Comparison,
     Judged,
@@ -45,6 +46,7 @@ from taehv.errors import UserError, run_command
 from taehv.files import FileList
 from taehv.logging import set_up_console, write_text
 from taehv.losses import psnr
+from taehv.measure import peak_gib, synchronize
 from taehv.metrics import (
     DECODER,
     LatentStatistics,
@@ -76,7 +78,7 @@ PREVIEWS: dict[str, dict[str, tuple[bool, ...]]] = {
     },
 }
 """Cheaper decodings: one frame a latent, an eighth of height and width, or both."""
-LIMITS = timing.Limits(warmup=1, calls=5, seconds=5)
+TIMED_CALLS, TIMED_SECONDS = 5, 2
 
 
 # --- who is judged -----------------------------------------------------------------
@@ -341,7 +343,7 @@ class Judge:
         return tuple(x_TCHW[:frames] for x_TCHW in (frames_TCHW, *shown))
 
     @torch.no_grad()
-    def time(self, frames_TCHW: Tensor) -> None:
+    def time_all(self, frames_TCHW: Tensor) -> None:
         """Measure how long every entrant takes for a clip."""
         frames_1TCHW = frames_TCHW[None].to(self.device)
         frames, _, height, width = frames_TCHW.shape
@@ -354,8 +356,16 @@ class Judge:
             judged.speed = Speed(encode / frames, decode / frames, peak, height, width)
 
     def _ms(self, work: Callable[[Tensor], Tensor], given: Tensor) -> float:
-        feed: Iterator[Tensor] = itertools.repeat(given)
-        return timing.measure(work, feed, self.device, LIMITS).ms
+        """Median time of a call, after one that does not count."""
+        times: list[float] = []
+        work(given)
+        while not times or (len(times) < TIMED_CALLS and sum(times) < TIMED_SECONDS):
+            synchronize(self.device)
+            begin = time.perf_counter()
+            work(given)
+            synchronize(self.device)
+            times.append(time.perf_counter() - begin)
+        return 1000 * statistics.median(times)
 
 
 def _against_teacher(
@@ -381,7 +391,7 @@ def reset_peak(device: torch.device) -> None:
 def read_peak_gib(device: torch.device) -> float | None:
     """The most memory in use since then, of the GPU or else of this process."""
     if device.type == "cuda":
-        return timing.peak_gib(device)
+        return peak_gib(device)
     status = Path("/proc/self/status")
     found = status.exists() and re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
     return int(found[1]) / 2**20 if found else None
@@ -413,7 +423,7 @@ def evaluate(arguments: argparse.Namespace) -> Comparison:
     judge = Judge([*students, *([teacher] if teacher else [])], teacher, device)
     for number, clip in enumerate(tqdm(clips, unit="clip", disable=None, leave=False)):
         judge.add(number, read_clip(files, clip))
-    judge.time(read_clip(files, clips[0]))
+    judge.time_all(read_clip(files, clips[0]))
     about = {
         "frames a clip": rules.frames,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",

@@ -61,7 +61,8 @@ Times = tuple[int, int]
 SUFFIXES = {"video": ".mp4", "images": "", "latents": ".safetensors"}
 AHEAD = 2
 """Chunks that wait between reading, the network and writing."""
-MOST_FRAMES = 64
+MOST_FRAMES, MOST_PIXELS = 64, 16 * 1280 * 720
+"""Of a call on a GPU, which more would keep no busier."""
 LIVE_ACTIVATIONS = 8
 """About how many activations of full size and 64 channels a call keeps at a time."""
 FILE_ERRORS = (UserError, VideoError, OSError, av.FFmpegError, torch.OutOfMemoryError)
@@ -139,7 +140,8 @@ class Codec:
             unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             bytes_a_frame = height * width * 64 * self.dtype.itemsize
             fitting = (free + unused) / 2 / LIVE_ACTIVATIONS / bytes_a_frame
-            frames = min(int(fitting), MOST_FRAMES) // unit * unit
+            busy = min(MOST_FRAMES, MOST_PIXELS // (height * width))
+            frames = min(int(fitting), busy) // unit * unit
         return max(unit, -(-frames // unit) * unit)
 
     def reconstruct(self, chunks: Iterable[Chunk], trim: bool) -> Iterator[Download]:
@@ -155,7 +157,7 @@ class Codec:
             waiting.extend(zip(chunk.times, frames_THWC, strict=False))
             frames_1TCHW = self._input(frames_THWC)
             yield from self._step(stream, frames_1TCHW, waiting)
-        last_1TCHW = frames_1TCHW[:, -1:].expand_as(frames_1TCHW)
+        last_1TCHW = frames_1TCHW[:, -1:].expand_as(frames_1TCHW).contiguous()
         while waiting:
             yield from self._step(stream, last_1TCHW, waiting)
 
@@ -188,8 +190,9 @@ class Codec:
             latents = stream.encode(frames_1TCHW)[: wanted - given]
             given += len(latents)
             yield from self._saved(latents)
+        last_1TCHW = frames_1TCHW[:, -1:].expand_as(frames_1TCHW).contiguous()
         while given < wanted:
-            latents = stream.encode(frames_1TCHW[:, -1:].expand_as(frames_1TCHW))
+            latents = stream.encode(last_1TCHW)
             latents = latents[: wanted - given]
             given += len(latents)
             yield from self._saved(latents)
