@@ -22,9 +22,13 @@ from diffusers import AutoencoderKLHunyuanVideo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from taehv.augment import to_frames
 from taehv.config import Data
-from taehv.data import ClipDataset, ClipLoader, Steps, build_file_lists, to_frames
+from taehv.data import ClipDataset
+from taehv.index import build_file_lists
+from taehv.loader import ClipLoader
 from taehv.losses import psnr
+from taehv.sampler import Steps
 
 ROOT = Path(__file__).parent.parent.parent
 KL_WEIGHT = 1e-6
