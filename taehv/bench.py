@@ -325,7 +325,7 @@ def synthetic_batches(
         random = torch.Generator().manual_seed(number)
         batch = Batch(
             torch.cat([moving_picture(size, n, device) for n in numbers]).cpu(),
-            torch.eye(3, 4).expand(clips, 3, 4),
+            torch.eye(3, 4).repeat(clips, 1, 1),  # memory that can be pinned
             numbers,
             [f"moving picture {n}" for n in numbers],
             [],

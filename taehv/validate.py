@@ -165,7 +165,10 @@ class _Judge:
             self.clips[number] = values
         others = [decoded[DECODER]] if DECODER in decoded else []
         others += [taught_NTCHW] if self.teacher is not None else []
-        return shown + [other[:, : shown[0].shape[1]] for other in others]
+        shown += others
+        # A teacher of the user's own may decode fewer frames than the student.
+        length = min(x_NTCHW.shape[1] for x_NTCHW in shown)
+        return [x_NTCHW[:, :length] for x_NTCHW in shown]
 
     def _teacher_latents(self, batch: Batch, frames_NTCHW: Tensor) -> Tensor | None:
         if self.teacher is not None:
