@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -91,12 +88,8 @@ def test_twenty_steps_and_a_kill(videos: Path, tmp_path: Path) -> None:
     two.finish(2, parallelism__mode="fsdp", training__local_batch_size=1)
     assert_same(two, one)
     killed = Run(tmp_path / "killed", videos, **long)
-    process = killed.start()
-    deadline = time.monotonic() + 240
-    while len(killed.metrics()) < 12:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    running = killed.start()
+    running.wait_for(lambda: len(killed.metrics()) >= 12)
+    running.kill()
     assert "resuming from" in killed.finish()
     assert killed.metrics() == one.metrics()

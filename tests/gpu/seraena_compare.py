@@ -25,7 +25,7 @@ from taehv import TAEHV
 from taehv.augment import to_frames
 from taehv.config import Config
 from taehv.data import validation_batches
-from taehv.files import build_file_lists
+from taehv.index import build_file_lists
 from taehv.metrics import MEASURES
 from taehv.visualize import picture_strip
 
