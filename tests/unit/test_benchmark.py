@@ -199,6 +199,8 @@ def test_a_batch_is_attempted() -> None:
         (["--ways", "fast"], "no way 'fast'"),
         (["--variants", "taehw"], "taehw"),
         (["--memory"], "--memory fills a GPU"),
+        (["--curves", "--ways", "published"], "--curves needs ways other than"),
+        (["--curves", "--ways", "plain+seraena"], "--curves needs ways other than"),
         (["--calls", "many"], "--calls: invalid int value: 'many'"),
     ],
 )
