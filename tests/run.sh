@@ -13,6 +13,9 @@ if [ "${1:-}" = --soak ]; then
 fi
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m ruff check .
+# Runs write gigabytes; all of it goes when the tests end, however they end.
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 # Two files at a time, each on one core.
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "${soak[@]}" "$@"
+"$PYTHON" -m pytest -n 2 --dist loadfile --basetemp "$scratch/pytest" "${soak[@]}" "$@"
