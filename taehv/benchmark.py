@@ -18,6 +18,7 @@ import torch
 from taehv import measure
 from taehv.bench import DEFAULT, FORMS, PLAIN, REFERENCE, SWITCHES, Bench, Size
 from taehv.bench_curves import bench_curves
+from taehv.bench_data import bench_data
 from taehv.bench_decode import bench_decode
 from taehv.bench_memory import bench_memory
 from taehv.bench_start import bench_start
@@ -32,6 +33,7 @@ from taehv.measure import Report
 PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "train": (bench_train, "training steps; the default"),
     "decode": (bench_decode, "decoding of whole videos, and latent by latent"),
+    "data": (bench_data, "decoding of training clips from the videos under --root"),
     "teacher": (bench_teacher, "steps with a teacher, live and cached"),
     "curves": (bench_curves, "loss curves of all ways, beside two seeds"),
     "memory": (bench_memory, "the largest batch that fits"),

@@ -41,7 +41,8 @@ from taehv.sampler import (
 )
 from taehv.video import Crop, Tally, VideoError, decode_window
 
-ATTEMPTS = 16
+ATTEMPTS = 100
+"""So many that a data set of which most files are bad can be trained on."""
 
 
 class ClipDataset(Dataset):

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import time
+import wave
 from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
@@ -350,6 +351,42 @@ def test_bad_files_are_replaced_and_named(videos: Path):
     assert_same_clips(
         batches[3:], read_batches(loader_for(settings(videos), consumed=24), 4)
     )
+
+
+def damaged(root: Path) -> set[str]:
+    """Write files of every kind of damage; the names of those without a clip."""
+    good = make_video(root / "good.mp4", options={"g": "10", "bf": "2"}).read_bytes()
+    (root / "good2.mp4").write_bytes(good)
+    flipped = bytearray(good)
+    rng = np.random.default_rng(0)
+    for place in rng.integers(len(good) // 4, len(good) * 3 // 4, 200):
+        flipped[place] ^= int(rng.integers(1, 256))
+    (root / "flipped.mp4").write_bytes(flipped)
+    (root / "truncated.mp4").write_bytes(good[: len(good) // 2])
+    (root / "empty.mp4").write_bytes(b"")
+    (root / "text.mp4").write_text("not a video\n" * 100)
+    with wave.open(str(root / "sound.mp4"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(8000))
+    make_video(root / "one_frame.mp4", frames=1)
+    return {"truncated.mp4", "empty.mp4", "text.mp4", "sound.mp4", "one_frame.mp4"}
+
+
+def test_every_kind_of_damage_costs_its_sample_alone(tmp_path: Path):
+    without_clip = damaged(tmp_path)
+    data = settings(tmp_path, stride=[1, 1])
+    batches = read_batches(loader_for(data), 9)
+    assert [len(batch.numbers) for batch in batches] == [8] * 9
+    failures = [failure for batch in batches for failure in batch.failures]
+    failed = {Path(failure.path).name for failure in failures}
+    assert without_clip <= failed <= without_clip | {"flipped.mp4"}
+    assert all(failure.path in failure.reason for failure in failures)
+    parted = read_batches(loader_for(settings(tmp_path, stride=[1, 1], workers=2)), 9)
+    assert_same_clips(batches, parted)
+    again = [failure for batch in parted for failure in batch.failures]
+    assert [(f.path, f.number) for f in again] == [(f.path, f.number) for f in failures]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -33,6 +33,7 @@ LAYERS = {
     "report": COMMAND,
     "bench": COMMAND,
     "bench_curves": COMMAND,
+    "bench_data": COMMAND,
     "bench_decode": COMMAND,
     "bench_memory": COMMAND,
     "bench_start": COMMAND,

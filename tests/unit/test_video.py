@@ -40,6 +40,15 @@ FILES = {
     "mpeg2_open_gop.mpg": {"codec": "mpeg2video", "options": {"bf": "2", "g": "9"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "g": "15"}},
     "no_duration.mkv": {"options": {"g": "12"}, "muxer": {"live": "1"}},
+    "h264_10_bit_444.mkv": {
+        "options": {"bf": "2", "g": "12"},
+        "pixel_format": "yuv444p10le",
+    },
+    "h264_fragmented.mp4": {
+        "options": {"bf": "2", "g": "8"},
+        "muxer": {"movflags": "frag_keyframe+empty_moov"},
+    },
+    "av1.mp4": {"codec": "libsvtav1", "options": {"preset": "12", "g": "15"}},
     "variable_rate.mp4": {
         "options": {"bf": "2", "g": "12"},
         "times": [i * 40 + i * i % 37 + 500 * (i // 10) for i in range(40)],
@@ -67,6 +76,48 @@ def test_any_window_equals_sequential_decoding(files: dict[str, str], name: str)
         expected = reference[first : first + 8 * stride + 1 : stride]
         np.testing.assert_array_equal(clip, np.stack(expected))
     assert len(firsts) >= 5
+
+
+MORE_FILES = {
+    "turned.mp4": {"options": {"bf": "2", "g": "12"}, "rotation": 90},
+    "odd.mkv": {"codec": "mpeg4", "size": (49, 65)},
+    "edited.mp4": {"options": {"bf": "2"}, "times": [i * 40 - 280 for i in range(40)]},
+    "mpeg2.ts": {"codec": "mpeg2video", "options": {"bf": "2", "g": "9"}},
+    "hevc.mkv": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},
+    "vp8.webm": {"codec": "libvpx", "options": {"g": "15"}},
+    "every_frame_a_keyframe.mov": {"codec": "mjpeg", "pixel_format": "yuvj420p"},
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", [*FILES, *MORE_FILES])
+def test_60_windows_equal_sequential_decoding(tmp_path: Path, name: str):
+    kind = (FILES | MORE_FILES)[name]
+    path = str(make_video(tmp_path / name, frames=160, **kind_of_length(kind, 160)))
+    reference = list(read_frames(path))
+    places = {frame.tobytes(): i for i, frame in enumerate(reference)}
+    assert len(places) == len(reference) >= 150
+    rng, firsts = random.Random(name), set()
+    height, width = reference[0].shape[:2]
+    for _ in range(60):
+        stride = rng.randint(1, 3)
+        whole = Crop(height, width)
+        (clip,) = decode_window(path, rng.random(), 12, stride, [whole])
+        found = [places[frame.tobytes()] for frame in clip]
+        first = found[0]
+        assert found == list(range(first, first + 11 * stride + 1, stride))
+        firsts.add(first)
+    assert len(firsts) >= 25
+
+
+def kind_of_length(kind: dict, frames: int) -> dict:
+    """The same kind of file, with times for so many frames where it has its own."""
+    if "times" not in kind:
+        return kind
+    if kind["times"][0] < 0:
+        return {**kind, "times": [i * 40 - 280 for i in range(frames)]}
+    times = [i * 40 + i * i % 37 + 500 * (i // 10) for i in range(frames)]
+    return {**kind, "times": times}
 
 
 @pytest.mark.parametrize(
