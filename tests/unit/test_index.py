@@ -221,16 +221,15 @@ def write_index(folder: Path, base: str, count: int) -> Data:
 MEASURE = """
 import pickle, sys, time
 from taehv.data import ClipDataset
-private = lambda: sum(
-    int(line.split()[1]) for line in open("/proc/self/smaps_rollup")
-    if line.startswith("Private_Dirty"))
-before = private()
+own = lambda: next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup")
+    if line.startswith("Anonymous:"))
+before = own()
 dataset = pickle.load(open(sys.argv[1], "rb"))
 begin = time.perf_counter()
 for window in range(20000):
     dataset._place(*dataset._shares.part(window), window, 0)
 seconds = time.perf_counter() - begin
-print(private() - before, seconds / 20000 * 1e6)
+print(own() - before, seconds / 20000 * 1e6)
 """
 
 
