@@ -1,0 +1,51 @@
+"""Decoders side by side on copies of real footage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from numbered_video import make_video
+
+import taehv.bench_data
+from taehv.bench_data import bench_data
+from taehv.errors import UserError
+from taehv.measure import Report
+from taehv.video import probe
+
+
+def test_every_way_decodes_the_same_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "videos").mkdir()
+    make_video(tmp_path / "videos" / "short.mp4", size=(96, 128))
+    monkeypatch.setattr(taehv.bench_data, "KINDS", ((180, 320, 50),))
+    monkeypatch.setattr(taehv.bench_data, "COPIED_FRAMES", 100)
+    copies = []
+    real = taehv.bench_data._ways
+
+    def ways(path: str):
+        copies.append(probe(path))
+        return real(path)
+
+    monkeypatch.setattr(taehv.bench_data, "_ways", ways)
+    options = SimpleNamespace(root=str(tmp_path / "videos"), seconds=0.2)
+    path = tmp_path / "results.json"
+    bench = SimpleNamespace(options=options, report=Report({}, path, speaks=True))
+    bench_data(bench)
+    (copy,) = copies
+    assert (copy.height, copy.width, copy.frames) == (180, 320, 100)
+    assert copy.keyframe_interval == 50
+    (rows,) = json.loads(path.read_text())["tables"].values()
+    found = {row["way"]: row for row in rows}
+    for crops in (1, 4, 8):
+        assert found[f"taehv, {crops} crops"]["clips"] % crops == 0
+    assert all(row["clips"] > 0 and row["clips/core-s"] > 0 for row in rows)
+    assert "plain PyAV" in found
+
+
+def test_videos_are_asked_for():
+    with pytest.raises(UserError, match="--root"):
+        bench_data(SimpleNamespace(options=SimpleNamespace(root=None)))
