@@ -37,6 +37,7 @@ from taehv.losses import Targets, judged
 from taehv.measure import Cost, Limits, Report
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
+from taehv.pretrained import initial_model
 from taehv.reference import LEARNING_RATE, PublishedStep, published
 from taehv.reference_seraena import PublishedSeraena
 from taehv.sampler import Steps
@@ -192,7 +193,7 @@ class Student:
         self.exact = torch.promote_types(dtype, torch.float32)
         self.upload = Upload(world.device, self.exact)
         torch.manual_seed(config.training.seed)
-        self.model = TAEHV(config.model.variant).to(world.device, self.exact)
+        self.model = initial_model(config.model).to(world.device, self.exact)
         self.model.fused = config.compile.fused
         self.model.checkpointing = config.training.activation_checkpointing
         roots = [self.model.encoder, self.model.decoder]

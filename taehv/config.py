@@ -49,6 +49,10 @@ class Model:
     checkpoint: str = ""
     """Weights to start from: .pth, .safetensors, or the folder of a checkpoint; empty
     starts from new weights."""
+    initialization: Literal["he", "pytorch"] = "he"
+    """How new weights start. he: activations keep their scale, residual blocks add
+    nothing, and colors pass through; pytorch: its defaults, as in the published recipe,
+    which learns more slowly."""
     trained: Literal["both", "encoder", "decoder"] = "both"
     """Which parts are trained; the other keeps its weights."""
 
@@ -262,10 +266,13 @@ class Optim:
     """Decoupled weight decay of AdamW."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from zero."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate from the end of the warm-up to the end."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Course of the learning rate from the end of the warm-up to the end; wsd (warm-up,
+    stable, decay): constant up to its last part, decay_share."""
+    decay_share: float = 0.2
+    """Share of all steps over which wsd brings the learning rate down."""
     final_lr_scale: float = 0.0
-    """Where linear and cosine schedules end, after the last step, as a share of lr."""
+    """Where all schedules but constant end, after the last step, as a share of lr."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it; 0 is off."""
     ema_decay: float = 0.999
@@ -288,6 +295,9 @@ class Loss:
     temporal_weight: float = 0.0
     """Weight of the distance between the changes from frame to frame, against
     flicker."""
+    frequency_weight: float = 0.0
+    """Weight of the mean absolute distance between the fine details of decoded and true
+    frames: the high bands of two levels of a Haar wavelet."""
     consistency_weight: float = 0.0
     """Weight of the squared distance between decoded latents and what the student
     encodes their frames to, for videos that are decoded and encoded in turn."""
@@ -472,6 +482,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "optim.eps": (1e-20, math.inf),
     "optim.weight_decay": (0, math.inf),
     "optim.warmup_steps": (0, math.inf),
+    "optim.decay_share": (0, 1),
     "optim.final_lr_scale": (0, 1),
     "optim.max_grad_norm": (0, math.inf),
     "optim.ema_decay": (0, 1),
@@ -479,6 +490,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "loss.latent_weight": (0, math.inf),
     "loss.latent_scale_weight": (0, math.inf),
     "loss.temporal_weight": (0, math.inf),
+    "loss.frequency_weight": (0, math.inf),
     "loss.consistency_weight": (0, math.inf),
     "seraena.start_step": (0, math.inf),
     "seraena.ramp_steps": (0, math.inf),
@@ -506,8 +518,8 @@ INDIFFERENT = {
     *("job", "cache", "parallelism", "compile", "checkpoint", "validation", "logging"),
     *("data.root", "data.annotations", "data.cache", "data.workers", "data.prefetch"),
     *("data.sources", "data.index", "proxy"),
-    *("model.checkpoint", "training.local_batch_size", "training.device"),
-    *("training.max_bad_steps",),
+    *("model.checkpoint", "model.initialization", "training.local_batch_size"),
+    *("training.device", "training.max_bad_steps"),
 }
 """Sections and settings that do not change what a run computes, but for rounding, from
 the files that it is given."""
@@ -725,7 +737,8 @@ def _check_seraena(config: Config) -> None:
             "seraena.enable = true corrects decoded frames, model.trained = encoder "
             "decodes none: set loss.decoder_latents to own or mixture"
         )
-    if settings.adaptive and not (loss.reconstruction_weight or loss.temporal_weight):
+    weights = (loss.reconstruction_weight, loss.temporal_weight, loss.frequency_weight)
+    if settings.adaptive and not any(weights):
         raise UserError(
             "seraena.adaptive = true needs another loss of the frames to compare with: "
             "raise loss.reconstruction_weight"

@@ -20,6 +20,7 @@ from taehv.model import TAEHV
 from taehv.variants import Variant
 
 CHARBONNIER_EPS = 1e-3
+WAVELET_LEVELS = 2
 
 
 @dataclass
@@ -170,6 +171,9 @@ def _distances(
     if settings.temporal_weight:
         value = temporal_loss(decoded_NTCHW, target_NTCHW, kind, judged_NT)
         terms["temporal"] = (settings.temporal_weight, value)
+    if settings.frequency_weight:
+        value = frequency_loss(decoded_NTCHW, target_NTCHW, judged_NT)
+        terms["frequency"] = (settings.frequency_weight, value)
     return terms
 
 
@@ -280,6 +284,33 @@ def temporal_loss(
     if judged_NT is not None:
         judged_NT = judged_NT[:, :-1]
     return _mean(_distance(kind, change_NTCHW), judged_NT)
+
+
+def frequency_loss(
+    decoded_NTCHW: Tensor, frames_NTCHW: Tensor, judged_NT: Tensor | None = None
+) -> Tensor:
+    """Mean absolute distance of details, which weighs in a squared one next to nothing.
+
+    Details are the horizontal, vertical and diagonal bands of an orthonormal Haar
+    wavelet, on WAVELET_LEVELS levels of equal weight. Height and width are multiples of
+    2 ** WAVELET_LEVELS; else arguments as for reconstruction_loss.
+    """
+    low_NTHWC = (decoded_NTCHW - frames_NTCHW).movedim(2, -1)
+    loss = 0.0
+    for _ in range(WAVELET_LEVELS):
+        low_NTHWC, down_NTHWC = _halves(low_NTHWC, 2)
+        low_NTHWC, across_NTHWC = _halves(low_NTHWC, 3)
+        bands = [across_NTHWC, *_halves(down_NTHWC, 3)]
+        for band_NTHWC in bands:
+            value = _mean(band_NTHWC.abs().movedim(-1, 2), judged_NT)
+            loss = loss + value / len(bands) / WAVELET_LEVELS
+    return loss
+
+
+def _halves(x_NTHWC: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Low and high band of one step of the Haar wavelet along a dimension."""
+    even, odd = x_NTHWC.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    return (even + odd) * 0.5**0.5, (even - odd) * 0.5**0.5
 
 
 def latent_loss(

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -431,6 +432,15 @@ def _init_conv(conv: nn.Conv2d, gain: float, generator: torch.Generator | None) 
         nn.init.zeros_(conv.bias)
 
 
+def init_as_pytorch(network: nn.Module, generator: torch.Generator | None) -> None:
+    """New weights as nn.Conv2d draws them: uniform within 1 / sqrt(fan in)."""
+    for conv in network.modules():
+        if isinstance(conv, nn.Conv2d):
+            bound = 1 / math.sqrt(conv.weight[0].numel())
+            for parameter in conv.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator)
+
+
 @torch.no_grad()
 def pass_colors_through(encoder: VideoSequential, decoder: VideoSequential) -> None:
     """Let the first three channels of every block carry red, green and blue.
@@ -618,12 +628,22 @@ class TAEHV(nn.Module):
         self.encoder.checkpointing = self.decoder.checkpointing = enabled
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def init_weights(
+        self,
+        generator: torch.Generator | None = None,
+        initialization: Literal["he", "pytorch"] = "he",
+    ) -> None:
         """Draw new weights in place.
 
-        Latents of natural frames begin with an RMS near 1, and a reconstruction as a
-        blurred picture of them.
+        Args:
+            generator: of random numbers; None takes PyTorch's own.
+            initialization: he: latents of natural frames begin with an RMS near 1, and
+                a reconstruction as a blurred picture of them; pytorch: as PyTorch
+                makes convolutions.
         """
+        if initialization == "pytorch":
+            init_as_pytorch(self, generator)
+            return
         init_blocks(self.encoder, generator)
         init_blocks(self.decoder, generator)
         # Natural frames have an RMS near 0.5.

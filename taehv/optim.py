@@ -121,12 +121,18 @@ def learning_rate(step: int, steps: int, settings: Optim) -> float:
         return settings.lr * (step + 1) / (settings.warmup_steps + 1)
     if settings.schedule == "constant":
         return settings.lr
-    done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    share = (
-        1 - done if settings.schedule == "linear" else math.cos(done * math.pi / 2) ** 2
-    )
+    start = settings.warmup_steps
+    if settings.schedule == "wsd":
+        start = max(start, round(steps * (1 - settings.decay_share)))
+    done = min(1.0, max(0, step - start) / max(1, steps - start))
+    left = {
+        "linear": 1 - done,
+        "cosine": math.cos(done * math.pi / 2) ** 2,
+        # Better than linear in Haegele et al. 2024, arXiv:2405.18392.
+        "wsd": 1 - math.sqrt(done),
+    }[settings.schedule]
     return settings.lr * (
-        settings.final_lr_scale + (1 - settings.final_lr_scale) * share
+        settings.final_lr_scale + (1 - settings.final_lr_scale) * left
     )
 
 

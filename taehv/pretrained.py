@@ -1,4 +1,4 @@
-"""Trained models for the command lines that use them: from any source, on a device."""
+"""Models to train on and to use: from any source, on a device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from taehv.checkpoint import load_weights
+from taehv.config import Model
 from taehv.distributed import compute_dtype
 from taehv.errors import UserError
 from taehv.model import TAEHV
@@ -48,6 +49,23 @@ def load_model(
     # The model checks keys, shapes and the variant.
     model = TAEHV.from_state_dict(state_dict, about, variant, source=source, **switches)
     return model.eval().requires_grad_(False), about
+
+
+def initial_model(settings: Model, resumes: bool = False) -> TAEHV:
+    """New weights, or those of a weights file or checkpoint folder.
+
+    A run that resumes has weights of its own and needs no others.
+    """
+    if resumes or not settings.checkpoint:
+        model = TAEHV(settings.variant)
+        if settings.initialization != "he":
+            model.init_weights(initialization=settings.initialization)
+        return model
+    path = Path(settings.checkpoint).expanduser()
+    if not path.is_dir():
+        return TAEHV.from_pretrained(path, settings.variant)
+    weights, about = load_weights(path)
+    return TAEHV.from_state_dict(weights, about, settings.variant, source=str(path))
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

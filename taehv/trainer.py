@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,16 +20,10 @@ from torch import Tensor
 from taehv.augment import Upload
 from taehv.bottleneck import Bottleneck
 from taehv.cache import Cache, CacheDataset, cached_batches
-from taehv.checkpoint import (
-    load,
-    load_weights,
-    read_about,
-    read_config,
-    training_state,
-)
+from taehv.checkpoint import load, read_about, read_config, training_state
 from taehv.checkpointer import Checkpointer, Saved, texts_beside
 from taehv.clips import Batch
-from taehv.config import Config, Model, changes, dumps
+from taehv.config import Config, changes, dumps
 from taehv.data import ClipDataset, validation_batches
 from taehv.distributed import (
     StopSignal,
@@ -54,6 +47,7 @@ from taehv.metrics import Best, best_validation, check_best
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
 from taehv.perceptual import load_measures
+from taehv.pretrained import initial_model
 from taehv.sampler import SAMPLER_VERSION, Buckets, Steps, toss
 from taehv.seraena import (
     SERAENA_GROUPS,
@@ -84,20 +78,6 @@ def train(config: Config) -> None:
             trainer = Trainer(config, world, stop)
             with trainer.checkpointer:
                 trainer.run()
-
-
-def initial_model(settings: Model, resumes: bool) -> TAEHV:
-    """New weights, or those of a weights file or checkpoint folder.
-
-    A run that resumes has weights of its own and needs no others.
-    """
-    if resumes or not settings.checkpoint:
-        return TAEHV(settings.variant)
-    path = Path(settings.checkpoint).expanduser()
-    if not path.is_dir():
-        return TAEHV.from_pretrained(path, settings.variant)
-    weights, about = load_weights(path)
-    return TAEHV.from_state_dict(weights, about, settings.variant, source=str(path))
 
 
 @dataclass

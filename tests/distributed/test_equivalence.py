@@ -145,6 +145,7 @@ EVERYTHING = {
     "teacher__kind": "blur:Blur",
     "loss__decoder_latents": "mixture",
     "loss__temporal_weight": 0.5,
+    "loss__frequency_weight": 0.5,
     "loss__consistency_weight": 0.5,
     "training__steps": 6,
 }
@@ -160,7 +161,8 @@ def test_same_losses_with_every_loss(
     one.finish()
     two = Run(tmp_path / "two", videos, **{**STEPS, **EVERYTHING})
     two.finish(2, parallelism__mode="fsdp", training__local_batch_size=1)
-    names = ("loss", "latent", "reconstruction", "temporal", "consistency", "grad_norm")
+    names = ("loss", "latent", "reconstruction", "temporal", "frequency")
+    names += ("consistency", "grad_norm")
     for name in names:
         expected = [record[name] for record in one.metrics()]
         assert len(expected) == 6 and all(expected)

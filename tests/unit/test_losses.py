@@ -13,6 +13,7 @@ from taehv.config import Loss
 from taehv.losses import (
     Targets,
     aligned,
+    frequency_loss,
     judged,
     latent_loss,
     latent_scale_loss,
@@ -159,7 +160,10 @@ def test_saturated_frames_keep_their_gradient() -> None:
 
 
 EVERYTHING = Loss(
-    decoder_latents="mixture", temporal_weight=0.5, consistency_weight=0.25
+    decoder_latents="mixture",
+    temporal_weight=0.5,
+    frequency_weight=0.125,
+    consistency_weight=0.25,
 )
 
 
@@ -217,6 +221,23 @@ def test_temporal_loss_sees_changes_alone(pair: tuple[Tensor, Tensor]) -> None:
     judged_NT = torch.tensor([[False, True, True]] * 2)
     expected = (changes[0] - changes[1])[:, 1:].abs().mean().item()
     assert temporal_loss(*pair, "l1", judged_NT).item() == pytest.approx(expected)
+
+
+def test_frequency_loss_sees_details_alone() -> None:
+    frames_NTCHW = torch.rand(2, 3, 3, 8, 12, dtype=torch.float64)
+    flat_NTCHW = frames_NTCHW + torch.rand(2, 3, 3, 1, 1)
+    assert frequency_loss(flat_NTCHW, frames_NTCHW).item() < 1e-12
+    # One pixel moves each band of both levels; four are one pixel a level further down.
+    for side, fine, coarse in ((1, 1 / 2, 1 / 4), (2, 0, 1)):
+        decoded_NTCHW = frames_NTCHW.clone()
+        decoded_NTCHW[..., :side, :side] += 1
+        expected = (fine / (4 * 6) + coarse / (2 * 3)) / 2
+        found = frequency_loss(decoded_NTCHW, frames_NTCHW).item()
+        assert found == pytest.approx(expected)
+        judged_NT = torch.tensor([[True, False, True]] * 2)
+        decoded_NTCHW[:, 1] = -9
+        found = frequency_loss(decoded_NTCHW, frames_NTCHW, judged_NT).item()
+        assert found == pytest.approx(expected)
 
 
 def test_consistency_re_encodes_what_was_decoded(

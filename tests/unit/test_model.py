@@ -12,8 +12,10 @@ from golden_vectors import MANIFEST, assert_same, cases
 from torch import Tensor
 
 from taehv import TAEHV, VARIANTS
+from taehv.config import Model
 from taehv.errors import UserError
 from taehv.model import TGrow, TPool, VideoSequential
+from taehv.pretrained import initial_model
 from taehv.weights import save_weights
 
 LTX = ["taeltx_2", "taeltx2_3", "taeltx2_3_wide"]
@@ -400,6 +402,26 @@ def test_grown_frames_begin_as_copies(untrained: TAEHV) -> None:
         if isinstance(block, TGrow) and block.stride == 2:
             first, second = block.conv.weight.chunk(2)
             assert torch.equal(first, second) and first.std() > 0
+
+
+@pytest.mark.parametrize("name", ["taehv", "taew2_2_super", "taeltx2_3_wide"])
+def test_weights_as_pytorch_draws_them(name: str) -> None:
+    ours, theirs = TAEHV(name), TAEHV(name)
+    ours.init_weights(torch.Generator().manual_seed(3), "pytorch")
+    torch.manual_seed(3)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.reset_parameters()
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value, msg=key)
+
+
+def test_settings_choose_how_weights_start() -> None:
+    first, second = (
+        initial_model(Model(initialization=choice)).decoder[3].conv[-1].weight
+        for choice in ("he", "pytorch")
+    )
+    assert not first.any() and second.all()
 
 
 def test_new_weights_fill_a_meta_model() -> None:

@@ -33,6 +33,19 @@ def test_cosine_is_slow_at_both_ends() -> None:
     assert learning_rate(25, 100, linear) == pytest.approx(0.75)
 
 
+def test_wsd_is_constant_up_to_its_decay() -> None:
+    settings = Optim(lr=2.0, warmup_steps=10, schedule="wsd", final_lr_scale=0.2)
+    rates = [learning_rate(step, 100, settings) for step in range(101)]
+    assert rates[9] < 2 and set(rates[10:81]) == {2.0}
+    assert rates[85] == pytest.approx(0.4 + 1.6 * 0.5)  # a quarter of the decay
+    assert rates[100] == pytest.approx(0.4)
+    assert rates[80:] == sorted(rates[80:], reverse=True)
+    settings.decay_share = 1.0
+    assert learning_rate(10, 100, settings) == 2 > learning_rate(11, 100, settings)
+    settings.decay_share = 0.0
+    assert learning_rate(99, 100, settings) == 2
+
+
 def test_no_warmup_starts_at_the_peak() -> None:
     assert learning_rate(0, 10, Optim(lr=3.0, warmup_steps=0)) == 3.0
 
