@@ -9,6 +9,7 @@
 #   NNODES          nodes               (1)
 #   NODE_RANK       this node's number  (0)
 #   RDZV_ENDPOINT   host:port of node 0 (only for several nodes)
+#   MAX_RESTARTS    how often to start anew, from the newest checkpoint, if it fails (0)
 #   LOG_RANK        show the output of these local ranks alone, such as 0 or 0,1
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -46,9 +47,13 @@ if [ -n "${LOG_RANK:-}" ]; then
 fi
 # One process may use every core; more share them.
 cores=$(nproc)
-# Else processes that torchrun starts again meet the addresses of those before them
-# (pytorch/pytorch issue 135712).
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
+if [ "${MAX_RESTARTS:-0}" -gt 0 ] && [ "$NNODES" -gt 1 ]; then
+    # Else processes that torchrun starts again meet the addresses of those before them
+    # (pytorch/pytorch issue 135712); on one machine, train.py sees to that.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+fi
+# torchrun hands on these, of which SLURM sends the last before a job's time is over.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" \
-    "${launch[@]}" train.py "${settings[@]}"
+    --max-restarts "${MAX_RESTARTS:-0}" "${launch[@]}" train.py "${settings[@]}"

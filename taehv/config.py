@@ -249,9 +249,21 @@ class Training:
     activation_checkpointing: bool = False
     """Keep few activations for the backward pass and compute the others anew: larger
     clips or batches fit into memory, and a step takes about a quarter longer."""
+    find_batch_size: bool = False
+    """Find at the first start how many clips fit into the GPU's memory at a time: the
+    most that divide what local_batch_size says. The global batch stays as it is."""
     max_bad_steps: int = 20
-    """Steps in a row with a loss or gradient that is not finite after which the run
-    stops; each such step is skipped."""
+    """Bad steps in a row after which the run stops. A step is bad, and skipped, if its
+    loss or gradient is not finite, or a spike (optim.spike_factor)."""
+    start_timeout: float = 1800
+    """Seconds without progress after which a process ends the run, until its first step
+    is done, while it saves and while it validates a batch."""
+    step_timeout: float = 600
+    """Seconds without progress after which a process ends the run, from its second
+    step on: it writes what it and its collectives are at into the run's folder."""
+    gc_interval: int = 100
+    """Steps between two collections of Python's garbage, which would otherwise come at
+    a moment of its own on each process and hold up all."""
 
 
 @dataclass
@@ -275,6 +287,9 @@ class Optim:
     """Where all schedules but constant end, after the last step, as a share of lr."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to it; 0 is off."""
+    spike_factor: float = 0.0
+    """Skip a step whose gradient's norm is larger than so many times the median of the
+    last 64 (from the 33rd on); 0 is off, 10 is usual."""
     ema_decay: float = 0.999
     """Decay a step of the averaged weights, which are validated and exported; it
     is lower in the first steps: (1 + step) / (10 + step)."""
@@ -478,6 +493,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "training.global_batch_size": (1, math.inf),
     "training.local_batch_size": (0, math.inf),
     "training.max_bad_steps": (1, math.inf),
+    "training.start_timeout": (1, math.inf),
+    "training.step_timeout": (1, math.inf),
+    "training.gc_interval": (1, math.inf),
     "optim.lr": (0, math.inf),
     "optim.eps": (1e-20, math.inf),
     "optim.weight_decay": (0, math.inf),
@@ -485,6 +503,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "optim.decay_share": (0, 1),
     "optim.final_lr_scale": (0, 1),
     "optim.max_grad_norm": (0, math.inf),
+    "optim.spike_factor": (0, math.inf),
     "optim.ema_decay": (0, 1),
     "loss.reconstruction_weight": (0, math.inf),
     "loss.latent_weight": (0, math.inf),
@@ -519,7 +538,8 @@ INDIFFERENT = {
     *("data.root", "data.annotations", "data.cache", "data.workers", "data.prefetch"),
     *("data.sources", "data.index", "proxy"),
     *("model.checkpoint", "model.initialization", "training.local_batch_size"),
-    *("training.device", "training.max_bad_steps"),
+    *("training.device", "training.max_bad_steps", "training.find_batch_size"),
+    *("training.gc_interval", "training.start_timeout", "training.step_timeout"),
 }
 """Sections and settings that do not change what a run computes, but for rounding, from
 the files that it is given."""
@@ -609,6 +629,7 @@ def check_config(config: Config) -> None:
         )
     _check_clips(config)
     _check_sources(config.data)
+    _check_probe(config)
     _check_buckets(config)
     _check_graph(config)
     _check_patience(config.validation)
@@ -696,6 +717,22 @@ def _check_sources(data: Data) -> None:
             f"data.aspect = {aspect} must be two numbers, smallest and largest width / "
             "height"
         )
+
+
+def _check_probe(config: Config) -> None:
+    if not config.training.find_batch_size:
+        return
+    if config.training.device == "cpu":
+        unfit = "is for GPUs"
+    elif config.data.buckets:
+        unfit = "tries clips of one shape, not data.buckets"
+    elif config.seraena.enable:
+        unfit = "does not try adversarial guidance"
+    else:
+        return
+    raise UserError(
+        f"training.find_batch_size = true {unfit}: set training.local_batch_size"
+    )
 
 
 def _check_graph(config: Config) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +28,7 @@ from torch.distributed.fsdp import (
 )
 
 from taehv.config import Compile, Parallelism
-from taehv.errors import UserError
+from taehv.errors import INTERRUPT_CODE, STOPPED, UserError
 
 COMPILED = Path("~/.cache/taehv/inductor")
 SHAPES = 64
@@ -69,7 +71,12 @@ def started(
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         try:
-            dist.init_process_group(backend, timeout=patience)
+            # torchrun's store remembers the processes that it has started anew
+            # since (github.com/pytorch/pytorch/issues/135712).
+            store = meeting_store() if _has_one_agent() else None
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=patience
+            )
         except dist.DistNetworkError as error:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = str(error).splitlines()[0]
@@ -84,6 +91,27 @@ def started(
         yield World(rank, size, chosen, make_mesh(chosen, parallelism, size))
     finally:
         dist.destroy_process_group()
+
+
+def meeting_store() -> dist.Store:
+    """A connection of its own to the store in which torchrun lets processes meet.
+
+    One connection serves one call at a time, and other threads wait in theirs.
+    """
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt {attempt}", store)
+
+
+def _has_one_agent() -> bool:
+    """Whether one torchrun holds the store, and counts its attempts alone.
+
+    Those of several machines do not count the same.
+    """
+    holds = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return holds and os.environ["GROUP_WORLD_SIZE"] == "1"
 
 
 def make_mesh(
@@ -193,6 +221,12 @@ def take_cores() -> None:
 def uses_compile(settings: Compile, device: torch.device) -> bool:
     """Whether networks are to be compiled on this device."""
     return device.type == "cuda" if settings.enable == "auto" else settings.enable
+
+
+def cast_at_borders(root: nn.Module, dtype: torch.dtype) -> None:
+    """Give a module of bf16 weights the inputs and outputs that `shard` gives it."""
+    root.register_forward_pre_hook(lambda _, inputs: tuple(x.to(dtype) for x in inputs))
+    root.register_forward_hook(lambda _, inputs, output: output.float())
 
 
 def compile_in_place(
@@ -307,25 +341,49 @@ def from_main(value: int) -> int:
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM or SIGUSR1 on any process, agreed upon by all of them."""
+    """Ctrl-C, SIGTERM or SIGUSR1 on any process, agreed upon by all of them.
+
+    Ctrl-C after any of them ends this process at once. Python calls a signal's handler
+    when it next runs the main thread, which may be waiting in a collective, so a thread
+    listens as well.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.received = 0
+        self._heard = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        self._ear, self._mouth = os.pipe()
+        os.set_blocking(self._mouth, False)
+        threading.Thread(target=self._listen, args=[self._ear], daemon=True).start()
+        signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        for number in self.NUMBERS:
             self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(-1)
+        os.close(self._mouth)  # which ends the thread
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: stop at once
         self.received = number
+
+    def _listen(self, ear: int) -> None:
+        """Read the numbers of signals as they arrive."""
+        while heard := os.read(ear, 1):
+            (number,) = heard
+            if number not in self.NUMBERS:
+                continue
+            if self._heard and number == signal.SIGINT:
+                print(STOPPED, file=sys.stderr, flush=True)
+                os._exit(INTERRUPT_CODE)
+            self._heard = self.received = number
+        os.close(ear)
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop (a collective, on the CPU)."""

@@ -12,8 +12,23 @@ class UserError(ValueError):
     """A mistake that the user can mend; the text is one line that names the cure."""
 
 
+RESTART_CODE = 75
+"""Exit code of what a new start of the same command mends (EX_TEMPFAIL)."""
+
+
+INTERRUPT_CODE = 130
+"""128 + SIGINT, which a shell takes for Ctrl-C."""
+STOPPED = "stopped at once"
+
+
+class RestartError(RuntimeError):
+    """An end from which the same command goes on; the text is one line."""
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run an entry point; a UserError becomes one line on stderr and exit code 2.
+
+    A RestartError becomes a line and RESTART_CODE, Ctrl-C a line and the usual 130.
 
     Under torchrun every rank tends to hit the same mistake. The first local rank
     speaks at once and the others wait, so that torchrun has ended them before they
@@ -26,3 +41,9 @@ def run_command(main: Callable[[], None]) -> None:
             time.sleep(2)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except RestartError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(RESTART_CODE)
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr, flush=True)
+        sys.exit(INTERRUPT_CODE)

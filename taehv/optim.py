@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from taehv.config import Optim
 
+HISTORY = 64
+"""Norms of gradients of which the median is taken."""
+
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
@@ -56,6 +59,9 @@ class AdamW:
         }
         self._locals = [local(parameter.detach()) for parameter in self.parameters]
         device = self._locals[0].device
+        self.spike_factor = settings.spike_factor
+        self.norms = torch.zeros(HISTORY, device=device)
+        """The last finite norms, newest last; 0 where there was none yet."""
         # The CUDA kernel reads fp32.
         exact = torch.float64 if device.type == "cpu" else torch.float32
         self.lr = torch.zeros((), dtype=exact, device=device)
@@ -75,7 +81,8 @@ class AdamW:
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip the gradients by their joint norm and apply them, or skip them.
 
-        A loss or gradient that is not finite, on any process, changes nothing on all.
+        A loss or gradient that is not finite, on any process, changes nothing on all;
+        neither does a gradient whose norm is a spike.
 
         Args:
             loss: mean over all processes.
@@ -87,6 +94,8 @@ class AdamW:
         gradients = [local(parameter.grad) for parameter in self.parameters]
         norm = total_norm(gradients, self.shard_group)
         is_good = norm.isfinite() & loss.to(norm.device).isfinite()
+        if self.spike_factor:
+            is_good = _on_all(is_good & ~self._is_spike(norm))
         # The fused kernel divides by the one, and does nothing where the other is set.
         self._adamw.grad_scale = (norm / self.max_grad_norm).clamp_min(1).float()
         self._adamw.found_inf = (~is_good).float()
@@ -96,6 +105,27 @@ class AdamW:
         for parameter, part in zip(self.parameters, self._locals, strict=True):
             parameter.grad = part.grad = None
         return norm, is_good
+
+    def _is_spike(self, norm: Tensor) -> Tensor:
+        """Whether a norm is out of proportion to those before; takes it in.
+
+        Where fewer than half of them are known the median is infinite. A spike counts
+        itself from then on, so that a lasting change becomes the new measure.
+        """
+        known = self.norms.masked_fill(self.norms == 0, math.inf)
+        median = known.sort().values[HISTORY // 2]
+        grown = torch.cat([self.norms[1:], norm.to(self.norms).view(1)])
+        self.norms.copy_(torch.where(norm.isfinite(), grown, self.norms))
+        return norm > self.spike_factor * median
+
+
+def _on_all(flag: Tensor) -> Tensor:
+    """Whether it is so on all processes, whose norms may differ by a rounding."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    agreed = flag.float()
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return agreed > 0
 
 
 def total_norm(

@@ -64,6 +64,7 @@ from taehv.losses import aligned, psnr
 from taehv.sampler import SAMPLER_VERSION
 from taehv.teacher import Teacher, check_teacher, load_teacher
 from taehv.variants import VARIANTS
+from taehv.watchdog import Watchdog
 
 # A process that has finished waits for the others, which may have hours to go;
 # torchrun ends it should one of them fail.
@@ -84,7 +85,9 @@ def precompute(config: Config) -> None:
     check_precompute(config)
     with started(Parallelism(), config.training.device, PATIENCE) as world:
         set_up_console(world.rank)
-        with StopSignal() as stop:
+        folder = Path(config.data.cache).expanduser()
+        # A process that has finished may wait for hours: nothing ends it.
+        with StopSignal() as stop, Watchdog(world, stop, folder):
             Precompute(config, world, stop).run()
 
 

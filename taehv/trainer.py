@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
 import math
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,12 +21,13 @@ from taehv.bottleneck import Bottleneck
 from taehv.cache import Cache, CacheDataset, cached_batches
 from taehv.checkpoint import load, read_about, read_config, training_state
 from taehv.checkpointer import Checkpointer, Saved, texts_beside
-from taehv.clips import Batch
+from taehv.clips import Batch, collate
 from taehv.config import Config, changes, dumps
 from taehv.data import ClipDataset, validation_batches
 from taehv.distributed import (
     StopSignal,
     World,
+    cast_at_borders,
     check_agreement,
     compile_in_place,
     compute_dtype,
@@ -41,8 +41,10 @@ from taehv.distributed import (
 from taehv.errors import UserError
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
+from taehv.local_batch import LocalBatch
 from taehv.logging import RunLog, log, set_up_console, write_text
-from taehv.losses import Targets, judged, psnr
+from taehv.losses import Targets, judged, psnr, training_losses
+from taehv.memory import MemoryMonitor, memory_peaks
 from taehv.metrics import Best, best_validation, check_best
 from taehv.model import TAEHV
 from taehv.optim import AdamW, Ema, learning_rate
@@ -60,6 +62,7 @@ from taehv.step import StepResult, TrainingStep
 from taehv.storage import Folder
 from taehv.teacher import check_teacher, load_teacher
 from taehv.validate import tell, validate
+from taehv.watchdog import Watchdog
 from taehv.weights import save_weights
 
 STEPS_AHEAD = 2
@@ -74,8 +77,12 @@ def train(config: Config) -> None:
     """
     with started(config.parallelism, config.training.device) as world:
         set_up_console(world.rank)
-        with StopSignal() as stop:
-            trainer = Trainer(config, world, stop)
+        folder, patience = config.job.folder, config.training.start_timeout
+        with (
+            StopSignal() as stop,
+            Watchdog(world, stop, folder / "stalled", patience) as watchdog,
+        ):
+            trainer = Trainer(config, world, stop, watchdog)
             with trainer.checkpointer:
                 trainer.run()
 
@@ -124,10 +131,15 @@ class Trainer:
         config: checked settings.
         world: this process's place.
         stop: tells when to save and leave early.
+        watchdog: is told of progress.
     """
 
-    def __init__(self, config: Config, world: World, stop: StopSignal) -> None:
+    def __init__(
+        self, config: Config, world: World, stop: StopSignal, watchdog: Watchdog
+    ) -> None:
         self.config, self.world, self.stop = config, world, stop
+        self.watchdog = watchdog
+        self.is_under_way = False
         self.folder = config.job.folder
         self.counts = Counts()
         self.is_stale = False
@@ -155,6 +167,8 @@ class Trainer:
             self._resume(origin)
         self.checkpointer.prepare(self._state())
         self.log = self._open_log() if world.is_main else None
+        self.memory = MemoryMonitor()
+        self.local_batch = self._local_batch()
 
     # --- composition ---------------------------------------------------------------
 
@@ -247,6 +261,30 @@ class Trainer:
         }
         return Seraena(discriminator, settings, views, like, shard_group)
 
+    def _local_batch(self) -> LocalBatch:
+        model, data, device = self.config.model, self.config.data, self.world.device
+        gpu = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
+        sizes = (" x ".join(map(str, shape[:3])) for shape in data.shapes)
+        kind = f"{' or '.join(sizes)}, {model.variant}, {self.dtype} on {gpu}"
+        path = self.folder / "local_batch.json"
+        local_batch = LocalBatch(self.config.training, data, path, kind)
+        local_batch.choose(self._attempt)
+        return local_batch
+
+    def _attempt(self, clips: int) -> None:
+        """A forward and backward pass on a copy of the model, not compiled."""
+        student = TAEHV(self.config.model.variant).to(self.world.device, self.dtype)
+        student.fused = self.config.compile.fused
+        student.checkpointing = self.config.training.activation_checkpointing
+        roots = student.encoder, student.decoder
+        for root, own in zip(roots, self.roots, strict=True):
+            root.requires_grad_(next(own.parameters()).requires_grad)
+            if self.dtype == torch.bfloat16:
+                cast_at_borders(root, self.dtype)
+        batch = collate(self.clips.__getitems__(list(range(clips))))
+        losses = training_losses(student, self._targets(batch), self.config.loss)
+        losses["loss"].backward()
+
     def _build_teacher(self) -> None:
         self.teacher = load_teacher(
             self.config.teacher, self.world.device, self.compiled
@@ -329,6 +367,7 @@ class Trainer:
             "sampler_version": SAMPLER_VERSION,
         }
         groups = self.seraena.state(self.world.rank) if self.seraena else {}
+        groups["gradients"] = {"norms": self.optimizer.norms}
         return training_state(self.model, self.ema, self.optimizer, counts, **groups)
 
     def _clips_hash(self) -> int:
@@ -344,7 +383,8 @@ class Trainer:
                 f"{origin} is of model.variant {made_as}, not "
                 f"{variant}: take that, or choose another --job.name"
             )
-        filled = load(origin, state, optional=SERAENA_GROUPS & state.keys())
+        optional = (SERAENA_GROUPS | {"gradients"}) & state.keys()
+        filled = load(origin, state, optional=optional)
         loaded = {key: value.item() for key, value in state["counts"].items()}
         self._check_unchanged(origin, loaded, expected)
         self.counts = Counts(**{key: loaded[key] for key in asdict(self.counts)})
@@ -400,6 +440,9 @@ class Trainer:
         loader = self._loader()
         self.bottleneck = Bottleneck(config.data, loader.workers)
         self.noted = time.monotonic()
+        gc.collect()
+        gc.freeze()  # what is there stays, and need not be looked at again
+        gc.disable()
         try:
             while (
                 self.counts.step < steps
@@ -408,6 +451,9 @@ class Trainer:
             ):
                 self._step(loader)
                 self.checkpointer.poll()
+                if self.counts.step % config.training.gc_interval == 0:
+                    gc.collect()
+                    self.memory.check()
                 last = self.counts.step == steps
                 # Saved first: a validation that fails or is killed costs itself.
                 if last or self.counts.step % config.checkpoint.interval == 0:
@@ -417,15 +463,27 @@ class Trainer:
                 if last or self.counts.step % config.validation.interval == 0:
                     self._between_steps(self._validate)
             self._settle()
+        except torch.cuda.OutOfMemoryError:
+            raise self.local_batch.ran_out(self.counts.step) from None
         finally:
+            gc.enable()
+            gc.unfreeze()
             loader.close()
         self._finish()
 
     def _between_steps(self, action: Callable[[], None]) -> None:
         """Do what needs all steps to be done, and count its time to none of them."""
         self._settle()
+        self._progress("saving or validating", is_long=True)
         action()
         self.noted = time.monotonic()
+
+    def _progress(self, doing: str, is_long: bool = False) -> None:
+        """Tell the watchdog what is done now, which may last as the settings say."""
+        training = self.config.training
+        is_long = is_long or not self.is_under_way
+        limit = training.start_timeout if is_long else training.step_timeout
+        self.watchdog.progress(f"step {self.counts.step + 1}, {doing}", limit)
 
     def _is_validated(self) -> bool:
         """Whether the step that the run begins at has had the validation it is due."""
@@ -436,24 +494,17 @@ class Trainer:
         ]
         return bool(from_main(done or not due))
 
-    def _local_batch_size(self) -> int:
-        """Clips of one forward pass on this process."""
-        training = self.config.training
-        return (
-            training.local_batch_size or training.global_batch_size // self.world.size
-        )
-
     def _batch_parts(self) -> int:
         """Forward passes on this process in one step."""
         share = self.config.training.global_batch_size // self.world.size
-        return share // self._local_batch_size()
+        return share // self.local_batch.clips
 
     def _loader(self) -> ClipLoader:
         training = self.config.training
         steps = Steps(
             self.counts.samples,
             training.global_batch_size,
-            self._local_batch_size(),
+            self.local_batch.clips,
             self.world.rank,
             self.world.size,
             buckets=self.buckets,
@@ -462,8 +513,10 @@ class Trainer:
 
     def _step(self, loader: Iterator[Batch]) -> None:
         begin = time.monotonic()
+        self._progress("waiting for data")
         batches = [next(loader) for _ in range(self._batch_parts())]
         waited = time.monotonic() - begin
+        self._progress("training")
         for batch in batches:
             self._note_failures(batch)
         rate = learning_rate(
@@ -484,6 +537,7 @@ class Trainer:
         """Note the steps that are done, letting the device be some steps behind."""
         while len(self.pending) > steps_ahead:
             self._note(self.pending.popleft())
+            self.is_under_way = True
 
     def _note(self, done: Pending) -> None:
         names, values = done.result.names, done.values()
@@ -494,7 +548,7 @@ class Trainer:
         self.bad_in_row = 0 if is_applied else self.bad_in_row + 1
         self.counts.skipped += not is_applied
         if not is_applied:
-            self._tell_skipped(done, losses)
+            self._tell_skipped(done, values[0], norm, losses)
         elif self.collapse.see(record):
             log.warning(f"step {done.step}: {self.collapse}")
         record |= {
@@ -512,7 +566,7 @@ class Trainer:
             speed = {
                 "clips_per_second": done.clips / seconds,
                 "data_wait": done.waited / seconds,
-                **_memory_peaks(self.world.device),
+                **memory_peaks(self.world.device),
                 **self._diversity(done.batches),
                 **self.bottleneck.values(),
             }
@@ -560,25 +614,35 @@ class Trainer:
             targets.draws_NG3 = draws_NG3.to(self.world.device, non_blocking=True)
         return targets
 
-    def _tell_skipped(self, done: Pending, losses: list[float]) -> None:
+    def _tell_skipped(
+        self, done: Pending, mean: float, norm: float, losses: list[float]
+    ) -> None:
         """Name a skipped step's clips, the bad ones alone if they can be told."""
+        is_spike = math.isfinite(mean) and math.isfinite(norm)
+        cause = "its loss or gradient is not finite"
+        if is_spike:
+            cause = f"its gradient's norm of {norm:.3g} is a spike"
         sources = [batch.sources for batch in done.batches]
         bad = [
             named
             for named, loss in zip(sources, losses, strict=True)
-            if not math.isfinite(loss)
+            if not math.isfinite(loss) or (is_spike and loss > 1.5 * mean)
         ]
         if self.log is not None or bad:
             named = itertools.chain(*(bad or sources))
             log.warning(
-                f"step {done.step} is skipped, its loss or gradient is not "
-                f"finite; its clips are of {', '.join(named)}"
+                f"step {done.step} is skipped, {cause}; its clips are of "
+                f"{', '.join(named)}"
             )
         if self.bad_in_row >= self.config.training.max_bad_steps:
+            cure = "lower optim.lr"
+            if is_spike:
+                cure += " or raise optim.spike_factor"
             raise UserError(
-                f"{self.bad_in_row} steps in a row had no finite gradient: lower "
-                "optim.lr, or look at the clips named above; the last good checkpoint "
-                f"is in {self.checkpointer.folder}"
+                f"{self.bad_in_row} steps in a row had no "
+                f"{'usual' if is_spike else 'finite'} gradient: {cure}, or look at the "
+                "clips named above; the last good checkpoint is in "
+                f"{self.checkpointer.folder}"
             )
 
     def _note_failures(self, batch: Batch) -> None:
@@ -602,7 +666,7 @@ class Trainer:
 
     def _validation_batches(self) -> Iterator[Batch]:
         """This process's part; a cache has a number of clips of its own."""
-        size = self._local_batch_size()
+        size = self.local_batch.clips
         if self.cache is not None:
             windows = self.cache.validation
             return cached_batches(windows, self._own_part(len(windows)), size)
@@ -610,6 +674,11 @@ class Trainer:
         return validation_batches(
             self.config.data, self.held_out, self._own_part(total), total, size
         )
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._progress("validating", is_long=True)
+            yield batch
 
     def _validate(self) -> None:
         settings = self.config.validation
@@ -623,7 +692,7 @@ class Trainer:
         result = validate(
             self.judge,
             self.teacher,
-            self._validation_batches(),
+            self._watched(self._validation_batches()),
             self.world.device,
             self.stop,
             is_taught=self._is_taught(),
@@ -676,6 +745,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """See that the last step is saved, export the weights, sum up."""
+        self._progress("finishing", is_long=True)
         self.checkpointer.wait()
         while self.checkpointer.saved_step != self.counts.step:
             self._save()
@@ -765,16 +835,3 @@ class Trainer:
 
 def _db(psnr: float | None) -> str:
     return "not finite" if psnr is None else f"{psnr:.2f} dB"
-
-
-def _memory_peaks(device: torch.device) -> dict[str, float]:
-    """The most memory in GiB that this process has had so far."""
-    peaks = {"host_memory_gib": _host_memory_gib()}
-    if device.type == "cuda":
-        peaks["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return peaks
-
-
-def _host_memory_gib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -79,6 +79,10 @@ class Running:
         self.pid = self._process.pid
         self._all.append(self)
 
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def output(self) -> str:
         """What it has printed so far."""
         return os.pread(self._printed.fileno(), 2**24, 0).decode(errors="replace")
@@ -101,6 +105,19 @@ class Running:
             if b"RANK=%d" % rank in environment:
                 return pid
         raise AssertionError(f"no rank {rank}: {self.output()}")
+
+    def workers(self) -> list[int]:
+        """The process ids of all decoding processes, which fork servers started."""
+        servers = []
+        for pid in self.tree():
+            if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                servers.append(pid)
+        parents = [
+            int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            for pid in servers
+        ]
+        pairs = zip(servers, parents, strict=True)
+        return [pid for pid, parent in pairs if parent in servers]
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to its process group, as a terminal does.
@@ -183,7 +200,9 @@ class Run:
         self.settings = {**self.SMALL, **paths, **named}
         self.folder = output / "run"
 
-    def command(self, processes: int = 1, **settings: object) -> list[str]:
+    def command(
+        self, processes: int = 1, restarts: int = 0, **settings: object
+    ) -> list[str]:
         """The command line; several processes go through torchrun."""
         named = {key.replace("__", "."): value for key, value in settings.items()}
         arguments = [f"--{k}={v}" for k, v in {**self.settings, **named}.items()]
@@ -191,16 +210,17 @@ class Run:
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += ["--nproc_per_node", str(processes)]
+            launcher += ["--max-restarts", str(restarts)]
         return [*launcher, str(ROOT / "train.py"), *arguments]
 
     def start(
         self,
         processes: int = 1,
-        environment: dict[str, str] | None = None,
+        restarts: int = 0,
         **settings: object,
     ) -> Running:
         """Start it in the background."""
-        return Running(self.command(processes, **settings), **environment or {})
+        return Running(self.command(processes, restarts, **settings))
 
     def finish(self, processes: int = 1, code: int = 0, **settings: object) -> str:
         """Run it to its end, which must have this exit code; returns its output."""

@@ -20,6 +20,8 @@ LAYERS = {
     "config": GROUND,
     "distributed": COMPONENT,
     "seraena": COMPONENT,
+    "watchdog": COMPONENT,
+    "local_batch": COMPONENT,
     "step": COMPONENT,
     "checkpoint": COMPONENT,
     "checkpointer": COMPONENT,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -166,3 +168,45 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
 def test_total_norm() -> None:
     tensors = [torch.tensor([3.0]), torch.zeros(0), torch.tensor([[0.0], [4.0]])]
     assert total_norm(tensors).item() == 5
+
+
+def stepped(optimizer: AdamW, norm: float) -> bool:
+    """Whether a step is applied whose gradient has this norm."""
+    (weight,) = optimizer.parameters
+    weight.grad = torch.full_like(weight, norm / len(weight) ** 0.5)
+    before = weight.clone()
+    _, is_applied = optimizer.step(torch.tensor(1.0))
+    assert bool(is_applied) != torch.equal(before, weight)
+    return bool(is_applied)
+
+
+def test_spikes_are_skipped_once_the_usual_norm_is_known() -> None:
+    def optimizer(factor: float) -> AdamW:
+        built = AdamW([nn.Parameter(torch.ones(4))], Optim(spike_factor=factor))
+        built.lr.fill_(1e-3)
+        return built
+
+    guarded = optimizer(10)
+    usual = [1 + step % 5 for step in range(32)]  # of the median 3
+    assert all(stepped(guarded, norm) for norm in usual)
+    assert stepped(guarded, 1000)  # one is missing to half of the history
+    assert not stepped(guarded, 1000)
+    assert not stepped(guarded, math.nan) and not stepped(guarded, 51)
+    assert stepped(guarded, 29)
+    # What lasts is no spike: it becomes usual.
+    applied = [stepped(guarded, 1000) for _ in range(64)]
+    assert not any(applied[:20]) and all(applied[40:])
+    assert guarded.norms.isfinite().all()
+    unguarded = optimizer(0)
+    assert all(stepped(unguarded, norm) for norm in (*usual, 1, 1, 1e9))
+
+
+def test_the_usual_norm_goes_on_from_a_checkpoint() -> None:
+    first, second = (
+        AdamW([nn.Parameter(torch.ones(4))], Optim(spike_factor=10)) for _ in range(2)
+    )
+    first.lr.fill_(1e-3), second.lr.fill_(1e-3)
+    for _ in range(40):
+        assert stepped(first, 1)
+    second.norms.copy_(first.norms)
+    assert not stepped(second, 11) and stepped(second, 9)

@@ -1,0 +1,242 @@
+"""Nothing that happens to a run costs more than it must."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run, Running
+
+from taehv.config import read_config
+from taehv.data import ClipDataset
+from taehv.files import build_file_lists
+
+TEACHER = '''
+import gc
+
+import torch
+import torch.nn.functional as F
+
+
+def tell(phase, info):
+    if phase == "start" and not gc.isenabled():
+        print("collected", flush=True)
+
+
+gc.callbacks.append(tell)
+
+
+class Faulty:
+    """Grey, averaged; its path lists sample numbers and what they bring about."""
+
+    latent_channels = 16
+    fingerprint = "faulty"
+
+    def __init__(self, path, device):
+        self.faults = dict(fault.split("=") for fault in path.split(",") if fault)
+
+    def check(self, frames, height, width):
+        pass
+
+    def encode(self, frames_NTCHW, seeds):
+        grey = F.avg_pool2d(frames_NTCHW.mean(2), 8)
+        groups = [grey[:, :1], *grey[:, 1:].split(4, 1)]
+        latents_NTHW = torch.stack([group.mean(1) for group in groups], 1)
+        latents_NTCHW = 4 * latents_NTHW[:, :, None].repeat(1, 1, 16, 1, 1) - 2
+        for latents_TCHW, seed in zip(latents_NTCHW, seeds):
+            fault = self.faults.get(str(seed))
+            if fault in ("nan", "1e6"):
+                latents_TCHW *= float(fault)
+            elif fault and len(seeds) > int(fault):
+                raise torch.cuda.OutOfMemoryError("injected")
+        return latents_NTCHW
+'''
+SETTINGS = {
+    "teacher__kind": "faulty:Faulty",
+    "training__steps": 16,
+    "training__global_batch_size": 4,
+    "training__precision": "fp64",
+    "checkpoint__interval": 4,
+    "validation__clips": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("teacher")
+    (folder / "faulty.py").write_text(TEACHER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of two processes that nothing happens to."""
+    run = Run(tmp_path_factory.mktemp("reference"), videos, **SETTINGS)
+    run.finish(2)
+    return run
+
+
+def terminate(process: Running, run: Run, after: int) -> None:
+    """End a run by SIGTERM amid its steps; it must save the last of them."""
+    process.wait_for(lambda: len(run.metrics()) >= after)
+    os.kill(process.pid, signal.SIGTERM)
+    output = process.end(code=None, seconds=30)  # torchrun itself fails then
+    step = len(run.metrics())
+    assert f"stopped at step {step}: saved" in output, output
+    assert (run.folder / f"checkpoints/step-{step}/.metadata").exists()
+
+
+def test_whatever_happens_the_losses_are_the_same(
+    reference: Run, videos: Path, tmp_path: Path
+) -> None:
+    """A process stands still, a signal, a worker and a process killed, no memory."""
+    run = Run(tmp_path, videos, **SETTINGS)
+
+    process = run.start(2, training__step_timeout=4)
+    process.wait_for(lambda: len(run.metrics()) >= 3)
+    frozen = process.rank(1)
+    os.kill(frozen, signal.SIGSTOP)
+    process.prints("rank 1: no answer since step ", seconds=40)
+    process.prints(f"stacks are in {run.folder}/stalled")
+    os.kill(frozen, signal.SIGKILL)  # as torchrun does after 30 seconds
+    process.end(code=1)
+    stacks = (run.folder / "stalled/stacks_0.txt").read_text()
+    assert "all_reduce" in stacks and (run.folder / "stalled/gloo_0").stat().st_size
+
+    terminate(run.start(2), run, after=5)
+
+    # Of sample 48, in step 13, no more than one clip fits.
+    process = run.start(2, restarts=2, data__workers=1, teacher__path="48=1")
+    process.wait_for(lambda: len(run.metrics()) >= 7)
+    os.kill(process.workers()[-1], signal.SIGKILL)
+    process.prints("the workers of the data loader start anew")
+    process.wait_for(lambda: len(run.metrics()) >= 9)
+    os.kill(process.rank(1), signal.SIGKILL)
+    output = process.end()
+    assert output.count("resuming from") == 3
+    (told,) = [line for line in output.splitlines() if "out of GPU memory" in line]
+    assert told.startswith("error: ") and "with 2 clips at a time" in told
+    assert "1 clips at a time, as more did not fit" in output
+    expected, found = reference.metrics(), run.metrics()
+    assert found[:8] == expected[:8] and len(found) == 16
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-9)
+
+
+def test_bad_data_is_counted(videos: Path, tmp_path: Path) -> None:
+    """NaN on one rank, an exploding gradient, a corrupt video in every step."""
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    for number in range(5):
+        (folder / f"corrupt{number}.mp4").write_text("not a video")
+    run = Run(tmp_path, folder, **SETTINGS)
+    output = run.finish(
+        2,
+        training__steps=42,
+        training__gc_interval=10,
+        optim__spike_factor=10,
+        teacher__path="22=nan,153=1e6",
+    )
+    records = run.metrics()
+    assert [record["step"] for record in records] == list(range(1, 43))
+    assert [r["step"] for r in records if r["loss"] is None] == [6]
+    skipped = [record["skipped"] for record in records]
+    assert skipped == [0] * 5 + [1] * 33 + [2] * 4
+    assert "[rank 1] step 6 is skipped, its loss or gradient is not finite" in output
+    assert "step 39 is skipped, its gradient's norm of " in output
+    replaced = _replaced(run)
+    assert all(replaced)
+    assert f"2 steps, {sum(replaced)} clips of bad videos replaced" in output
+    assert output.count("collected") == 2 * 4
+
+
+def _replaced(run: Run) -> list[int]:
+    """Clips of corrupt videos that each step has to replace."""
+    settings = {k: v for k, v in run.settings.items() if k != "teacher.path"}
+    config = read_config([f"--{key}={value}" for key, value in settings.items()])
+    files, _ = build_file_lists(config.data)
+    clips = ClipDataset(config.data, files, config.training.seed)
+    steps = (clips.__getitems__(list(range(n, n + 4))) for n in range(0, 168, 4))
+    return [sum(len(clip.failures) for clip in step) for step in steps]
+
+
+def test_the_largest_batch_that_fits_is_found(
+    reference: Run, videos: Path, tmp_path: Path
+) -> None:
+    """One process then takes as many at a time as each of two has."""
+    run = Run(tmp_path, videos, **SETTINGS)
+    output = run.finish(
+        training__device="auto",
+        training__find_batch_size="true",
+        # Both for what it tries and for what it trains on.
+        teacher__path=",".join(f"{sample}=2" for sample in range(64)),
+    )
+    assert "2 clips at a time fit into the memory" in output
+    for mine, theirs in zip(run.metrics(), reference.metrics(), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.soak
+def test_terminated_at_many_moments(
+    reference: Run, videos: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(0)
+    for turn in range(20):
+        run = Run(tmp_path / str(turn), videos, **SETTINGS)
+        process = run.start(2)
+        process.wait_for(lambda run=run: run.folder.exists())
+        time.sleep(rng.uniform(0, 4))
+        asked = time.monotonic()
+        if process.is_running():
+            os.kill(process.pid, signal.SIGTERM)
+        output = process.end(code=None, seconds=30)
+        step = len(run.metrics())
+        print(f"after step {step}: {time.monotonic() - asked:.1f} s to the end")
+        assert step == 16 or f"stopped at step {step}: saved" in output, output
+        assert (run.folder / f"checkpoints/step-{step}/.metadata").exists()
+        run.finish(2)
+        assert run.metrics() == reference.metrics()
+
+
+def test_a_second_interrupt_ends_at_once(videos: Path, tmp_path: Path) -> None:
+    """Amid a step that takes long; with a line, and no traceback."""
+    run = Run(tmp_path, videos, **SETTINGS, data__height=64, data__width=64)
+    process = run.start(training__global_batch_size=32)
+    process.prints("held out")
+    process.send(signal.SIGINT)
+    time.sleep(0.2)
+    process.send(signal.SIGINT)
+    output = process.end(code=130, seconds=10)
+    assert output.endswith("stopped at once\n") and "Traceback" not in output
+    assert not process.tree()[1:]
+
+
+def test_a_stop_of_one_reaches_all_in_precompute(videos: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, videos)
+    settings = {
+        **run.settings,
+        "teacher.kind": "cache_teachers:Slow",
+        "data.cache": tmp_path / "cache",
+        "cache.windows": 4000,
+        "cache.frames": 5,
+        "cache.height": 16,
+        "cache.width": 16,
+        "cache.shard_windows": 4,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", "-m", "taehv.precompute"]
+    command += [f"--{key}={value}" for key, value in settings.items()]
+    process = Running(command, PYTHONPATH=str(ROOT / "tests/unit"))
+    process.wait_for(lambda: len([*tmp_path.glob("cache/train/*.json")]) > 2)
+    os.kill(process.rank(1), signal.SIGUSR1)
+    output = process.end(seconds=30)
+    assert "of 1001 shards written; the same command goes on" in output

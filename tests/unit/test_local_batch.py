@@ -1,0 +1,126 @@
+"""How many clips are taken at a time: found, kept, halved, agreed upon."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Running
+
+from taehv.config import Data, Parallelism, Training
+from taehv.distributed import started
+from taehv.errors import RestartError, UserError
+from taehv.local_batch import LocalBatch
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    with started(Parallelism(), "cpu"):
+        yield
+
+
+def local_batch(
+    folder: Path, kind: str = "", crops: int = 1, **training: int
+) -> LocalBatch:
+    """Of twelve clips."""
+    settings = Training(global_batch_size=12, **training)
+    return LocalBatch(settings, Data(crops_per_window=crops), folder / "b.json", kind)
+
+
+class Memory:
+    """Has room for some clips, and notes what was tried."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.tried = room, []
+
+    def __call__(self, clips: int) -> None:
+        self.tried.append(clips)
+        if clips > self.room:
+            raise torch.cuda.OutOfMemoryError("no room")
+
+
+def test_the_largest_that_divides_is_found_once(tmp_path: Path) -> None:
+    memory = Memory(room=5)
+    batch = local_batch(tmp_path, find_batch_size=True)
+    batch.choose(memory)
+    assert batch.clips == 4 and memory.tried == [12, 6, 4]
+    again = local_batch(tmp_path, find_batch_size=True)
+    again.choose(memory)
+    assert again.clips == 4 and memory.tried == [12, 6, 4]
+    other = local_batch(tmp_path, "larger clips", find_batch_size=True)
+    other.choose(Memory(room=2))
+    assert other.clips == 2
+
+
+def test_what_is_asked_for_and_crops_bound_it(tmp_path: Path) -> None:
+    memory = Memory(room=5)
+    settings = {"crops": 2, "local_batch_size": 6, "find_batch_size": True}
+    batch = local_batch(tmp_path, **settings)
+    batch.choose(memory)
+    assert batch.clips == 4 and memory.tried == [6, 4]
+
+
+def test_nothing_is_tried_unasked(tmp_path: Path) -> None:
+    memory = Memory(room=0)
+    batch = local_batch(tmp_path, local_batch_size=6)
+    batch.choose(memory)
+    assert batch.clips == 6 and not memory.tried
+
+
+def test_nothing_fits(tmp_path: Path) -> None:
+    batch = local_batch(tmp_path, "3 x 8 x 8", find_batch_size=True)
+    told = r"with 1 clips at a time \(3 x 8 x 8\): take smaller"
+    with pytest.raises(UserError, match=told):
+        batch.choose(Memory(room=0))
+
+
+def test_the_first_step_gives_advice_and_a_later_one_halves(tmp_path: Path) -> None:
+    batch = local_batch(tmp_path, "3 x 8 x 8")
+    batch.choose(Memory(0))
+    first = batch.ran_out(step=0)
+    assert isinstance(first, UserError) and "\n" not in str(first)
+    assert "in the first step: lower training.local_batch_size to 6 (" in str(first)
+    assert not batch.path.exists()
+    for step, clips in ((7, 6), (9, 3), (11, 1)):
+        later = batch.ran_out(step)
+        assert isinstance(later, RestartError)
+        assert f"after step {step}" in str(later) and f"with {clips} (" in str(later)
+        batch = local_batch(tmp_path, "3 x 8 x 8")
+        batch.choose(Memory(0))
+        assert batch.clips == clips
+    assert isinstance(batch.ran_out(12), UserError)
+
+
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text('{"clips": ')
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        local_batch(tmp_path).choose(Memory(0))
+
+
+PROCESS = """
+import sys
+import torch
+from taehv.config import Parallelism
+from taehv.distributed import started
+from taehv.local_batch import largest_that_fits
+
+with started(Parallelism(), "cpu") as world:
+    room = (5, 3)[world.rank]
+
+    def attempt(clips):
+        if clips > room:
+            raise torch.cuda.OutOfMemoryError("no room")
+
+    sys.stdout.write(f"found {largest_that_fits([8, 4, 2, 1], attempt)}\\n")
+"""
+
+
+def test_processes_agree_on_the_least(tmp_path: Path) -> None:
+    (tmp_path / "agree.py").write_text(PROCESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", tmp_path / "agree.py"]
+    root = str(Path(__file__).parent.parent.parent)
+    assert Running(command, PYTHONPATH=root).end().count("found 2") == 2
