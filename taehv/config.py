@@ -629,7 +629,6 @@ def check_config(config: Config) -> None:
         )
     _check_clips(config)
     _check_sources(config.data)
-    _check_probe(config)
     _check_buckets(config)
     _check_graph(config)
     _check_patience(config.validation)
@@ -717,22 +716,6 @@ def _check_sources(data: Data) -> None:
             f"data.aspect = {aspect} must be two numbers, smallest and largest width / "
             "height"
         )
-
-
-def _check_probe(config: Config) -> None:
-    if not config.training.find_batch_size:
-        return
-    if config.training.device == "cpu":
-        unfit = "is for GPUs"
-    elif config.data.buckets:
-        unfit = "tries clips of one shape, not data.buckets"
-    elif config.seraena.enable:
-        unfit = "does not try adversarial guidance"
-    else:
-        return
-    raise UserError(
-        f"training.find_batch_size = true {unfit}: set training.local_batch_size"
-    )
 
 
 def _check_graph(config: Config) -> None:

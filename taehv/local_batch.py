@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from taehv.config import Data, Training
+from taehv.config import Config, Data, Training
 from taehv.distributed import from_main
 from taehv.errors import RestartError, UserError
 
@@ -20,6 +20,23 @@ log = logging.getLogger("taehv")
 SPARE = 0.1
 """Share of a GPU's memory that has to stay free beside a batch that fits."""
 SMALLER_CLIPS = "take smaller or shorter clips"
+
+
+def check_probe(config: Config) -> None:
+    """Refuse to look for a batch size where what is tried is not what is trained."""
+    if not config.training.find_batch_size:
+        return
+    if config.training.device == "cpu":
+        unfit = "is for GPUs"
+    elif config.data.buckets:
+        unfit = "tries clips of one shape, not data.buckets"
+    elif config.seraena.enable:
+        unfit = "does not try adversarial guidance"
+    else:
+        return
+    raise UserError(
+        f"training.find_batch_size = true {unfit}: set training.local_batch_size"
+    )
 
 
 class LocalBatch:

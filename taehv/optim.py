@@ -109,14 +109,15 @@ class AdamW:
     def _is_spike(self, norm: Tensor) -> Tensor:
         """Whether a norm is out of proportion to those before; takes it in.
 
-        Where fewer than half of them are known the median is infinite. A spike counts
-        itself from then on, so that a lasting change becomes the new measure.
+        Nothing is while fewer than half of them are known. A spike counts itself from
+        then on, so that a lasting change becomes the new measure.
         """
-        known = self.norms.masked_fill(self.norms == 0, math.inf)
-        median = known.sort().values[HISTORY // 2]
+        known = (self.norms > 0).sum()
+        ordered = self.norms.masked_fill(self.norms == 0, math.inf).sort().values
+        median = ordered.gather(0, (known // 2).view(1)).squeeze()
         grown = torch.cat([self.norms[1:], norm.to(self.norms).view(1)])
         self.norms.copy_(torch.where(norm.isfinite(), grown, self.norms))
-        return norm > self.spike_factor * median
+        return (norm > self.spike_factor * median) & (known > HISTORY // 2)
 
 
 def _on_all(flag: Tensor) -> Tensor:

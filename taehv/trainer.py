@@ -41,7 +41,7 @@ from taehv.distributed import (
 from taehv.errors import UserError
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
-from taehv.local_batch import LocalBatch
+from taehv.local_batch import LocalBatch, check_probe
 from taehv.logging import RunLog, log, set_up_console, write_text
 from taehv.losses import Targets, judged, psnr, training_losses
 from taehv.memory import MemoryMonitor, memory_peaks
@@ -153,6 +153,7 @@ class Trainer:
         self.extra = load_measures(
             settings.lpips, settings.st_lpips, settings.vmaf, world.device
         )
+        check_probe(config)
         self._find_clips()
         check_agreement({"list of training files": self._clips_hash()})
         self.checkpointer = Checkpointer(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import Running
 
-from taehv.config import Data, Parallelism, Training
+from taehv.config import Data, Parallelism, Training, read_config
 from taehv.distributed import started
 from taehv.errors import RestartError, UserError
-from taehv.local_batch import LocalBatch
+from taehv.local_batch import LocalBatch, check_probe
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,21 @@ def test_the_first_step_gives_advice_and_a_later_one_halves(tmp_path: Path) -> N
         batch.choose(Memory(0))
         assert batch.clips == clips
     assert isinstance(batch.ran_out(12), UserError)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("training.device=cpu", "is for GPUs"),
+        ("data.buckets=[[5, 16, 16, 1], [9, 16, 16, 1]]", "not data.buckets"),
+        ("seraena.enable", "does not try adversarial guidance"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(setting: str, told: str) -> None:
+    config = read_config(["--training.find_batch_size", f"--{setting}"])
+    with pytest.raises(UserError, match=f"{told}: set training.local_batch_size"):
+        check_probe(config)
+    check_probe(read_config([f"--{setting}"]))
 
 
 def test_a_damaged_file_is_told(tmp_path: Path) -> None:
