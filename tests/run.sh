@@ -8,7 +8,7 @@ source ./environment.sh
 
 soak=(-m "not soak")
 if [ "${1:-}" = --soak ]; then
-    soak=(-m "soak or not soak")
+    soak=(-m "soak or not soak" -o faulthandler_timeout=7200)
     shift
 fi
 "$PYTHON" -m ruff format --check .

@@ -16,7 +16,7 @@ from conftest import ROOT, Run, Running
 
 from taehv.config import read_config
 from taehv.data import ClipDataset
-from taehv.files import build_file_lists
+from taehv.index import build_file_lists
 
 TEACHER = '''
 import gc
@@ -142,6 +142,7 @@ def test_bad_data_is_counted(videos: Path, tmp_path: Path) -> None:
     output = run.finish(
         2,
         training__steps=42,
+        training__precision="fp32",
         training__gc_interval=10,
         optim__spike_factor=10,
         teacher__path="22=nan,153=1e6",
