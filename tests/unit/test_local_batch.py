@@ -120,16 +120,20 @@ import sys
 import torch
 from taehv.config import Parallelism
 from taehv.distributed import started
+from taehv.errors import run_command
 from taehv.local_batch import largest_that_fits
 
-with started(Parallelism(), "cpu") as world:
-    room = (5, 3)[world.rank]
+def main():
+    with started(Parallelism(), "cpu") as world:
+        room = (5, 3)[world.rank]
 
-    def attempt(clips):
-        if clips > room:
-            raise torch.cuda.OutOfMemoryError("no room")
+        def attempt(clips):
+            if clips > room:
+                raise torch.cuda.OutOfMemoryError("no room")
 
-    sys.stdout.write(f"found {largest_that_fits([8, 4, 2, 1], attempt)}\\n")
+        sys.stdout.write(f"found {largest_that_fits([8, 4, 2, 1], attempt)}\\n")
+
+run_command(main)
 """
 
 
