@@ -17,6 +17,7 @@ from taehv.augment import color_transform
 from taehv.clips import Clip, collate
 from taehv.config import Parallelism
 from taehv.distributed import StopSignal, started
+from taehv.errors import run_command
 from taehv.model import TAEHV
 from taehv.validate import validate
 
@@ -105,4 +106,4 @@ def test_process_counts_and_batch_sizes_give_the_same(processes: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
