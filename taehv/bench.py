@@ -36,7 +36,7 @@ from taehv.loader import ClipLoader
 from taehv.losses import Targets, judged
 from taehv.measure import Cost, Limits, Report
 from taehv.model import TAEHV
-from taehv.optim import AdamW, Ema, learning_rate
+from taehv.optim import Ema, learning_rate, new_optimizer
 from taehv.pretrained import initial_model
 from taehv.reference import LEARNING_RATE, PublishedStep, published
 from taehv.reference_seraena import PublishedSeraena
@@ -202,7 +202,7 @@ class Student:
         parameters = dict(self.model.named_parameters())
         is_sharded = mesh["shard"].size() > 1
         shard_group = mesh["shard"].get_group() if is_sharded else None
-        optimizer = AdamW(parameters.values(), config.optim, shard_group)
+        optimizer = new_optimizer(*roots, config.optim, shard_group)
         ema = Ema(parameters, config.optim.ema_decay)
         graph = uses_cuda_graph(config.compile, config.parallelism, world.device)
         self.seraena = None

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from taehv.errors import UserError
-from taehv.optim import AdamW, Ema
+from taehv.optim import Ema, Optimizer
 from taehv.storage import MANIFEST, Folder, HashedFiles, verify, write_manifest
 from taehv.weights import check_tensors
 
@@ -312,7 +312,7 @@ def _misfits(
 def training_state(
     model: nn.Module,
     ema: Ema,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     counts: dict[str, int | float],
     **groups: dict[str, Tensor],
 ) -> State:
@@ -348,7 +348,7 @@ def training_state(
 
 
 def optimizer_state(
-    parameters: Mapping[str, nn.Parameter], optimizer: AdamW
+    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
 ) -> dict[str, Tensor]:
     """The group of an optimizer's state, by the names of its parameters."""
     return {

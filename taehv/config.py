@@ -268,14 +268,21 @@ class Training:
 
 @dataclass
 class Optim:
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the steps of convolutions, and leaves biases and the first
+    and last layers of encoder and decoder to adamw; both take the same lr."""
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Learning rate at its peak, of either optimizer."""
+    encoder_lr_scale: float = 1.0
+    """The encoder's learning rate as a share of lr."""
+    decoder_lr_scale: float = 1.0
+    """The decoder's learning rate as a share of lr."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of AdamW's averages of the gradient and of its square."""
     eps: float = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from zero."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -497,6 +504,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "training.step_timeout": (1, math.inf),
     "training.gc_interval": (1, math.inf),
     "optim.lr": (0, math.inf),
+    "optim.encoder_lr_scale": (0, math.inf),
+    "optim.decoder_lr_scale": (0, math.inf),
     "optim.eps": (1e-20, math.inf),
     "optim.weight_decay": (0, math.inf),
     "optim.warmup_steps": (0, math.inf),

@@ -1,21 +1,22 @@
-"""AdamW on this process's shards, learning-rate schedules and averaged weights.
+"""Optimizers of this process's shards, learning-rate schedules and averaged weights.
 
 Everything here is elementwise but the gradient's norm, so that it works on the local
-parts of sharded tensors: DTensor would add milliseconds a step. Nothing waits for the
-device, and all that changes from step to step is read from its memory, so that a CUDA
-graph can hold it.
+parts of sharded tensors: DTensor would add milliseconds a step; Muon gathers what it
+needs. Nothing waits for the device, and all that changes from step to step is read from
+its memory, so that a CUDA graph can hold it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from taehv.config import Optim
+from taehv.muon import Matrix, Muon
 
 HISTORY = 64
 """Norms of gradients of which the median is taken."""
@@ -27,8 +28,8 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-class AdamW:
-    """Fused AdamW whose state exists from the start.
+class Optimizer:
+    """Fused AdamW, and Muon for some weights, whose state exists from the start.
 
     State that is there before the first step can be loaded in place, and keeps its
     addresses for the whole run.
@@ -38,6 +39,8 @@ class AdamW:
         settings: section [optim].
         shard_group: processes that share one copy of the parameters; None where each
             has a whole one.
+        scales: of the learning rate, of the parameters that have another one.
+        matrices: weights that Muon takes, with how many matrices each of them holds.
     """
 
     def __init__(
@@ -45,18 +48,12 @@ class AdamW:
         parameters: Iterable[nn.Parameter],
         settings: Optim,
         shard_group: dist.ProcessGroup | None = None,
+        scales: Mapping[nn.Parameter, float] | None = None,
+        matrices: Mapping[nn.Parameter, int] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.max_grad_norm = settings.max_grad_norm or math.inf
         self.shard_group = shard_group
-        self.state = {
-            parameter: {
-                "step": torch.zeros((), device=local(parameter).device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-            for parameter in self.parameters
-        }
         self._locals = [local(parameter.detach()) for parameter in self.parameters]
         device = self._locals[0].device
         self.spike_factor = settings.spike_factor
@@ -65,17 +62,54 @@ class AdamW:
         # The CUDA kernel reads fp32.
         exact = torch.float64 if device.type == "cpu" else torch.float32
         self.lr = torch.zeros((), dtype=exact, device=device)
-        self._adamw = torch.optim.AdamW(
-            self._locals,
-            lr=self.lr,
+        self._scales = [(scales or {}).get(p, 1.0) for p in self.parameters]
+        self._rates = {scale: torch.zeros_like(self.lr) for scale in self._scales}
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._muon = self._new_muon(matrices, settings) if matrices else None
+        self._adamw = self._new_adamw(settings)
+
+    def _new_muon(self, matrices: Mapping[nn.Parameter, int], settings: Optim) -> Muon:
+        found = []
+        parts = zip(self.parameters, self._locals, self._scales, strict=True)
+        for parameter, part, scale in parts:
+            if parameter in matrices:
+                momentum = torch.zeros_like(parameter)
+                self.state[parameter] = {"momentum": momentum}
+                found.append(
+                    Matrix(
+                        part,
+                        local(momentum),
+                        parameter.shape,
+                        matrices[parameter],
+                        self._rates[scale],
+                    )
+                )
+        return Muon(found, settings.weight_decay, self.shard_group)
+
+    def _new_adamw(self, settings: Optim) -> torch.optim.AdamW:
+        """Of all that has no state yet."""
+        groups: dict[float, list[Tensor]] = {scale: [] for scale in self._rates}
+        states = {}
+        parts = zip(self.parameters, self._locals, self._scales, strict=True)
+        for parameter, part, scale in parts:
+            if parameter not in self.state:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=part.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+                groups[scale].append(part)
+                states[part] = {k: local(v) for k, v in self.state[parameter].items()}
+        adamw = torch.optim.AdamW(
+            [{"params": v, "lr": self._rates[scale]} for scale, v in groups.items()],
             betas=(settings.betas[0], settings.betas[1]),
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             fused=True,
-            capturable=device.type == "cuda",
+            capturable=self.lr.device.type == "cuda",
         )
-        for part, state in zip(self._locals, self.state.values(), strict=True):
-            self._adamw.state[part] = {k: local(v) for k, v in state.items()}
+        adamw.state.update(states)
+        return adamw
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,12 +130,17 @@ class AdamW:
         is_good = norm.isfinite() & loss.to(norm.device).isfinite()
         if self.spike_factor:
             is_good = _on_all(is_good & ~self._is_spike(norm))
+        divisor = torch.where(is_good, norm / self.max_grad_norm, 1).clamp_min(1)
+        for scale, rate in self._rates.items():
+            rate.copy_(self.lr * scale)
         # The fused kernel divides by the one, and does nothing where the other is set.
-        self._adamw.grad_scale = (norm / self.max_grad_norm).clamp_min(1).float()
+        self._adamw.grad_scale = divisor.float()
         self._adamw.found_inf = (~is_good).float()
         for part, gradient in zip(self._locals, gradients, strict=True):
             part.grad = gradient
         self._adamw.step()
+        if self._muon is not None:
+            self._muon.step(divisor, is_good)
         for parameter, part in zip(self.parameters, self._locals, strict=True):
             parameter.grad = part.grad = None
         return norm, is_good
@@ -127,6 +166,31 @@ def _on_all(flag: Tensor) -> Tensor:
     agreed = flag.float()
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
     return agreed > 0
+
+
+def new_optimizer(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    settings: Optim,
+    shard_group: dist.ProcessGroup | None = None,
+) -> Optimizer:
+    """The optimizer of what is trained of a model; see Optimizer.
+
+    Muon takes the weights of all convolutions but the first and the last of each part,
+    and of a grouped convolution the matrix of each group.
+    """
+    scales: dict[nn.Parameter, float] = {}
+    matrices: dict[nn.Parameter, int] = {}
+    for part, scale in (
+        (encoder, settings.encoder_lr_scale),
+        (decoder, settings.decoder_lr_scale),
+    ):
+        trained = [p for p in part.parameters() if p.requires_grad]
+        scales |= dict.fromkeys(trained, scale)
+        if trained and settings.optimizer == "muon":
+            convs = [block for block in part.modules() if isinstance(block, nn.Conv2d)]
+            matrices |= {conv.weight: conv.groups for conv in convs[1:-1]}
+    return Optimizer(scales, settings, shard_group, scales, matrices)
 
 
 def total_norm(

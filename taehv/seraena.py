@@ -28,7 +28,7 @@ from taehv.config import Optim
 from taehv.config import Seraena as Settings
 from taehv.distributed import mean_over_ranks, sum_over_ranks
 from taehv.losses import Decoded
-from taehv.optim import AdamW, local
+from taehv.optim import Optimizer, local
 from taehv.sampler import GUIDED, draw
 from taehv.variants import Variant
 from taehv.visualize import to_uint8
@@ -438,7 +438,7 @@ class Seraena:
         self.discriminator, self.settings = discriminator, settings
         self.views, self.view = views, next(iter(views.values()))
         optim = Optim(betas=BETAS, weight_decay=WEIGHT_DECAY, max_grad_norm=0)
-        self.optimizer = AdamW(discriminator.parameters(), optim, shard_group)
+        self.optimizer = Optimizer(discriminator.parameters(), optim, shard_group)
         self.optimizer.lr.fill_(settings.discriminator_lr)
         self.health: dict[str, Tensor] = {}
         """What the last step found out, alike on all processes."""

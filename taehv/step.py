@@ -26,7 +26,7 @@ from taehv.losses import (
     training_losses,
 )
 from taehv.model import TAEHV
-from taehv.optim import AdamW, Ema
+from taehv.optim import Ema, Optimizer
 from taehv.seraena import Part, Seraena
 
 Kind = Literal["alone", "guided", "learning"]
@@ -64,7 +64,7 @@ class TrainingStep:
         self,
         model: TAEHV,
         roots: Sequence[nn.Module],
-        optimizer: AdamW,
+        optimizer: Optimizer,
         ema: Ema,
         loss: Loss,
         graph: bool,

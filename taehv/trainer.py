@@ -47,7 +47,7 @@ from taehv.losses import Targets, judged, psnr, training_losses
 from taehv.memory import MemoryMonitor, memory_peaks
 from taehv.metrics import Best, best_validation, check_best
 from taehv.model import TAEHV
-from taehv.optim import AdamW, Ema, learning_rate
+from taehv.optim import Ema, learning_rate, new_optimizer
 from taehv.perceptual import load_measures
 from taehv.pretrained import initial_model
 from taehv.sampler import SAMPLER_VERSION, Buckets, Steps, toss
@@ -220,10 +220,9 @@ class Trainer:
         self.compiled = compile_in_place(self.roots, config.compile, world.device)
         shard(self.roots, world.mesh, self.dtype, config.parallelism.cpu_offload)
         self.parameters = dict(self.model.named_parameters())
-        trained = [p for p in self.parameters.values() if p.requires_grad]
         is_sharded = world.mesh["shard"].size() > 1
         shard_group = world.mesh["shard"].get_group() if is_sharded else None
-        self.optimizer = AdamW(trained, config.optim, shard_group)
+        self.optimizer = new_optimizer(*self.roots, config.optim, shard_group)
         self.ema = Ema(self.parameters, config.optim.ema_decay)
         self.seraena = None
         if config.seraena.enable:
@@ -384,6 +383,7 @@ class Trainer:
                 f"{origin} is of model.variant {made_as}, not "
                 f"{variant}: take that, or choose another --job.name"
             )
+        self._check_optimizer(origin)
         optional = (SERAENA_GROUPS | {"gradients"}) & state.keys()
         filled = load(origin, state, optional=optional)
         loaded = {key: value.item() for key, value in state["counts"].items()}
@@ -394,6 +394,17 @@ class Trainer:
         log.info(f"resuming from {origin}")
         if self.seraena is not None:
             self.seraena.go_on(self.counts.step, filled)
+
+    def _check_optimizer(self, origin: Folder) -> None:
+        """Refuse the state of another one, which has nothing that this one needs."""
+        changed = changes(read_config(origin), self.config)
+        if "optim.optimizer" in changed:
+            old, new = changed["optim.optimizer"]
+            raise UserError(
+                f"{origin} has the state of optim.optimizer {old}, not {new}: take "
+                "that, or start from its weights by --model.checkpoint in another "
+                "--job.name"
+            )
 
     def _check_unchanged(
         self, origin: Folder, before: dict[str, int], now: dict[str, int]

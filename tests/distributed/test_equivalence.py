@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import Run
 
+from taehv.config import load_config
+from taehv.errors import UserError
+from taehv.trainer import train
+
 STEPS = {
     "training__steps": 20,
     "training__precision": "fp64",
@@ -168,3 +172,37 @@ def test_same_losses_with_every_loss(
         assert len(expected) == 6 and all(expected)
         found = [record[name] for record in two.metrics()]
         assert found == pytest.approx(expected, rel=1e-5), name
+
+
+MUON = {
+    "model__trained": "encoder",  # whose matrices are small
+    "optim__optimizer": "muon",
+    "optim__encoder_lr_scale": 0.5,
+    "optim__weight_decay": 0.1,
+    "training__steps": 4,
+    "training__global_batch_size": 3,
+}
+
+
+def train_here(run: Run, **settings: object) -> None:
+    """Train in this process, which is sooner started."""
+    named = {key.replace("__", "."): value for key, value in settings.items()}
+    argv = [f"--{k}={v}" for k, v in {**run.settings, **named}.items()]
+    train(load_config(argv))
+
+
+def test_same_losses_with_muon(videos: Path, tmp_path: Path) -> None:
+    """Three processes share rows unevenly; what they save, one goes on from exactly."""
+    one = Run(tmp_path / "one", videos, **{**STEPS, **MUON})
+    train_here(one)
+    three = Run(tmp_path / "three", videos, **{**STEPS, **MUON, **FSDP})
+    three.finish(3, checkpoint__interval=2)
+    origin = {"checkpoint__resume_from": three.folder / "checkpoints/step-2"}
+    again = Run(tmp_path / "again", videos, **{**STEPS, **MUON})
+    with pytest.raises(UserError, match="state of optim.optimizer muon, not adamw"):
+        train_here(again, optim__optimizer="adamw", **origin)
+    train_here(again, **origin)
+    for run, first in ((three, 0), (again, 2)):
+        for key in ("loss", "grad_norm"):
+            expected = [record[key] for record in one.metrics()[first:]]
+            assert [r[key] for r in run.metrics()] == pytest.approx(expected, rel=1e-5)

@@ -33,7 +33,7 @@ from taehv.checkpointer import Checkpointer, texts_beside
 from taehv.config import Checkpoint, Optim, Parallelism
 from taehv.distributed import started
 from taehv.errors import UserError
-from taehv.optim import AdamW, Ema
+from taehv.optim import Ema, Optimizer
 from taehv.storage import MANIFEST, Folder, write_manifest
 
 ABOUT = {"variant": "taehv", "step": "3"}
@@ -50,7 +50,7 @@ def state_of(seed: int, inputs: int = 3, **counts: int) -> State:
     """The state of a tiny model after one step; all tensors depend on the seed."""
     torch.manual_seed(seed)
     model = nn.Linear(inputs, 2)
-    optimizer = AdamW(model.parameters(), Optim())
+    optimizer = Optimizer(model.parameters(), Optim())
     optimizer.lr.fill_(0.1)
     ema = Ema(dict(model.named_parameters()), 0.5)
     loss = model(torch.randn(4, inputs)).square().sum()

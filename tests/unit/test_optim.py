@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from taehv.config import Optim
-from taehv.optim import AdamW, Ema, learning_rate, total_norm
+from taehv.muon import orthogonal
+from taehv.optim import (
+    Ema,
+    Optimizer,
+    learning_rate,
+    new_optimizer,
+    total_norm,
+)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +102,14 @@ def test_averaged_weights_follow_a_loop_by_hand() -> None:
 GOOD = torch.tensor(1.0)
 
 
-def tensors_of(optimizer: AdamW) -> list[torch.Tensor]:
+def tensors_of(optimizer: Optimizer) -> list[torch.Tensor]:
     """Its state."""
     return [value for state in optimizer.state.values() for value in state.values()]
 
 
 def test_state_is_there_before_the_first_step_and_stays_in_place() -> None:
     network = small_network()
-    optimizer = AdamW(network.parameters(), Optim())
+    optimizer = Optimizer(network.parameters(), Optim())
     before = tensors_of(optimizer)
     assert len(before) == 3 * len(list(network.parameters()))
     assert all(not tensor.any() for tensor in before)
@@ -118,7 +125,7 @@ def test_three_steps_are_those_of_plain_adamw(max_grad_norm: float) -> None:
         betas=[0.8, 0.7], eps=1e-3, weight_decay=0.2, max_grad_norm=max_grad_norm
     )
     ours, theirs = small_network(), small_network()
-    our_optimizer = AdamW(ours.parameters(), settings)
+    our_optimizer = Optimizer(ours.parameters(), settings)
     their_optimizer = torch.optim.AdamW(
         theirs.parameters(), 0.1, (0.8, 0.7), 1e-3, 0.2, foreach=False
     )
@@ -145,7 +152,7 @@ def test_three_steps_are_those_of_plain_adamw(max_grad_norm: float) -> None:
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
     network = small_network()
-    optimizer = AdamW(network.parameters(), Optim(weight_decay=0.1))
+    optimizer = Optimizer(network.parameters(), Optim(weight_decay=0.1))
     optimizer.lr.fill_(0.1)
     set_gradients(network, 0)
     optimizer.step(GOOD)
@@ -165,12 +172,137 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: str) -> None:
     assert not any(map(torch.equal, before, everything))
 
 
+# Learning rates of parts, and Muon
+
+
+class Grouped(nn.Sequential):
+    """Convolutions of all kinds between a first and a last one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3),
+            nn.Conv2d(8, 8, 3, bias=False),
+            nn.Conv2d(8, 16, 1),
+            nn.Conv2d(16, 16, 3, groups=4),
+            nn.Conv2d(16, 2, 1),
+        )
+
+
+def grouped_pair() -> tuple[Grouped, Grouped]:
+    """An encoder and a decoder, the same in every call."""
+    torch.manual_seed(0)
+    return Grouped().double(), Grouped().double()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parts_have_learning_rates_of_their_own(optimizer: str) -> None:
+    moved = {}
+    for scale in (1.0, 0.5, 0.0):
+        encoder, decoder = parts = grouped_pair()
+        settings = Optim(optimizer=optimizer, encoder_lr_scale=scale)
+        stepper = new_optimizer(encoder, decoder, settings)
+        stepper.lr.fill_(0.1)
+        before = [p.detach().clone() for part in parts for p in part.parameters()]
+        for seed, part in enumerate(parts):
+            set_gradients(part, seed)
+        assert stepper.step(GOOD)[1]
+        after = [p.detach() for part in parts for p in part.parameters()]
+        moved[scale] = [b - a for a, b in zip(before, after, strict=True)]
+    half = len(moved[1.0]) // 2
+    for i, whole in enumerate(moved[1.0]):
+        share = (0.5, 0.0) if i < half else (1.0, 1.0)
+        assert whole.any()
+        for scale, expected in zip((0.5, 0.0), share, strict=True):
+            torch.testing.assert_close(moved[scale][i], expected * whole)
+
+
+def test_a_frozen_part_has_no_state() -> None:
+    encoder, decoder = grouped_pair()
+    encoder.requires_grad_(False)
+    optimizer = new_optimizer(encoder, decoder, Optim(optimizer="muon"))
+    assert optimizer.state.keys() == set(decoder.parameters())
+
+
+def test_three_steps_of_muon_are_those_of_pytorch() -> None:
+    """Of its own Muon, on each group's matrix, and of its AdamW on all else."""
+    (ours, decoder), (theirs, _) = grouped_pair(), grouped_pair()
+    decoder.requires_grad_(False)
+    settings = Optim(optimizer="muon", weight_decay=0.2, max_grad_norm=0)
+    optimizer = new_optimizer(ours, decoder, settings)
+    hidden = [conv.weight for conv in list(theirs)[1:-1]]
+    flat = [
+        nn.Parameter(matrix.flatten(1).detach().clone())
+        for conv in list(theirs)[1:-1]
+        for matrix in conv.weight.chunk(conv.groups)
+    ]
+    muon = torch.optim.Muon(flat, 0.1, 0.2, adjust_lr_fn="match_rms_adamw")
+    others = [p for p in theirs.parameters() if not any(p is w for w in hidden)]
+    adamw = torch.optim.AdamW(others, 0.1, (0.9, 0.95), weight_decay=0.2)
+    for seed in range(3):
+        set_gradients(ours, seed)
+        set_gradients(theirs, seed)
+        gradients = [
+            matrix.flatten(1)
+            for conv in list(theirs)[1:-1]
+            for matrix in conv.weight.grad.chunk(conv.groups)
+        ]
+        for matrix, gradient in zip(flat, gradients, strict=True):
+            matrix.grad = gradient
+        optimizer.lr.fill_(0.1)
+        optimizer.step(GOOD)
+        muon.step()
+        adamw.step()
+    found = torch.cat([conv.weight.flatten() for conv in list(ours)[1:-1]])
+    expected = torch.cat([matrix.flatten() for matrix in flat])
+    # PyTorch's iterates in bf16.
+    error = (found - expected).square().mean().sqrt()
+    start = torch.cat([weight.flatten() for weight in hidden])
+    assert error < 0.02 * (expected - start).square().mean().sqrt()
+    names = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        if any(parameter is other for other in others):
+            torch.testing.assert_close(names[name], parameter)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 72), (2, 72, 8), (5, 1, 49)])
+def test_orthogonal_matrices(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    matrices_BRC = torch.randn(shape, dtype=torch.float64)
+    matrices_BRC[0] = 0
+    found_BRC = orthogonal(matrices_BRC)
+    assert not found_BRC[0].any()
+    left, _, right = torch.linalg.svd(matrices_BRC[1:], full_matrices=False)
+    singular = torch.einsum("brk,brc,bkc->bk", left, found_BRC[1:], right)
+    assert singular.min() > 0.65 and singular.max() < 1.25
+    remade = left @ torch.diag_embed(singular) @ right
+    torch.testing.assert_close(found_BRC[1:], remade)
+
+
+def test_a_bad_step_of_muon_changes_nothing() -> None:
+    encoder, decoder = grouped_pair()
+    settings = Optim(optimizer="muon", weight_decay=0.1)
+    optimizer = new_optimizer(encoder, decoder, settings)
+    optimizer.lr.fill_(0.1)
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    for is_bad in (False, True, False):
+        before = [t.detach().clone() for t in [*parameters, *tensors_of(optimizer)]]
+        set_gradients(encoder, 1)
+        set_gradients(decoder, 2)
+        if is_bad:
+            encoder[2].weight.grad[0, 0, 0, 0] = float("nan")
+        assert optimizer.step(GOOD)[1] != is_bad
+        after = [*parameters, *tensors_of(optimizer)]
+        same = list(map(torch.equal, before, after))
+        assert all(same) if is_bad else not any(same)
+
+
 def test_total_norm() -> None:
     tensors = [torch.tensor([3.0]), torch.zeros(0), torch.tensor([[0.0], [4.0]])]
     assert total_norm(tensors).item() == 5
 
 
-def stepped(optimizer: AdamW, norm: float) -> bool:
+def stepped(optimizer: Optimizer, norm: float) -> bool:
     """Whether a step is applied whose gradient has this norm."""
     (weight,) = optimizer.parameters
     weight.grad = torch.full_like(weight, norm / len(weight) ** 0.5)
@@ -181,8 +313,8 @@ def stepped(optimizer: AdamW, norm: float) -> bool:
 
 
 def test_spikes_are_skipped_once_the_usual_norm_is_known() -> None:
-    def optimizer(factor: float) -> AdamW:
-        built = AdamW([nn.Parameter(torch.ones(4))], Optim(spike_factor=factor))
+    def optimizer(factor: float) -> Optimizer:
+        built = Optimizer([nn.Parameter(torch.ones(4))], Optim(spike_factor=factor))
         built.lr.fill_(1e-3)
         return built
 
@@ -203,7 +335,8 @@ def test_spikes_are_skipped_once_the_usual_norm_is_known() -> None:
 
 def test_the_usual_norm_goes_on_from_a_checkpoint() -> None:
     first, second = (
-        AdamW([nn.Parameter(torch.ones(4))], Optim(spike_factor=10)) for _ in range(2)
+        Optimizer([nn.Parameter(torch.ones(4))], Optim(spike_factor=10))
+        for _ in range(2)
     )
     first.lr.fill_(1e-3), second.lr.fill_(1e-3)
     for _ in range(40):

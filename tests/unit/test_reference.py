@@ -12,7 +12,7 @@ from taehv.config import Loss, Optim, Parallelism
 from taehv.distributed import shard, started
 from taehv.losses import Targets
 from taehv.model import TAEHV
-from taehv.optim import AdamW, Ema
+from taehv.optim import Ema, Optimizer
 from taehv.reference import LEARNING_RATE, PublishedStep, PublishedStream, published
 from taehv.reference_seraena import PublishedSeraena
 from taehv.step import TrainingStep
@@ -63,7 +63,7 @@ def test_the_published_recipe_learns_the_same() -> None:
         shard(roots, world.mesh, torch.float64, cpu_offload=False)
         named = dict(model.named_parameters())
         optim = Optim(max_grad_norm=0, weight_decay=0.01)
-        optimizer, ema = AdamW(named.values(), optim), Ema(named, 0.9)
+        optimizer, ema = Optimizer(named.values(), optim), Ema(named, 0.9)
         ours = TrainingStep(model, roots, optimizer, ema, Loss(), graph=False)
         frames_NTCHW = clip(model, 5)
         latents_NTCHW = torch.randn(1, 2, 16, 2, 2, dtype=torch.float64)

@@ -16,7 +16,7 @@ from taehv.config import Seraena as Settings
 from taehv.distributed import World, shard, started
 from taehv.losses import Decoded, Targets
 from taehv.model import TAEHV
-from taehv.optim import AdamW, Ema
+from taehv.optim import Ema, Optimizer
 from taehv.seraena import (
     CollapseWatch,
     FrameGroups,
@@ -560,7 +560,7 @@ def training_step(world: World, guide: Seraena | None) -> TrainingStep:
     model = TAEHV("taehv")
     roots = [model.encoder, model.decoder]
     shard(roots, world.mesh, torch.float32, cpu_offload=False)
-    optimizer = AdamW(model.parameters(), Optim())
+    optimizer = Optimizer(model.parameters(), Optim())
     ema = Ema(dict(model.named_parameters()), 0.9)
     return TrainingStep(model, roots, optimizer, ema, Loss(), False, guide)
 

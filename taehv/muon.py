@@ -1,0 +1,152 @@
+"""Muon: steps of weight matrices whose singular values are all about one.
+
+Source: Keller Jordan, Muon: an optimizer for hidden layers in neural networks (2024),
+kellerjordan.github.io/posts/muon; the size of a step as in Liu et al. 2025,
+arXiv:2502.16982, and torch.optim.Muon's "match_rms_adamw".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+MOMENTUM = 0.95
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the polynomial that each iteration applies to the singular values: they end
+between 0.7 and 1.2."""
+STEP_RMS = 0.2
+"""Root mean square of a step over the learning rate, about that of AdamW, so that both
+take one learning rate and weight decay."""
+EPS = 1e-7
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that steps as one matrix, or as the several of a grouped convolution."""
+
+    part: Tensor
+    """Of this process, with its gradient; sharded along the first dimension."""
+    momentum: Tensor
+    """Of the same shape."""
+    shape: torch.Size
+    """Of the whole weight."""
+    groups: int
+    """Matrices in it, one below the other."""
+    rate: Tensor
+    """Learning rate."""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Matrices, and the rows and columns of each."""
+        return self.groups, self.shape[0] // self.groups, self.shape[1:].numel()
+
+
+class Muon:
+    """Steps matrices; those of one shape at once.
+
+    Nothing waits for the device. Where weights are sharded, each process orthogonalises
+    whole ones and keeps its part.
+
+    Args:
+        matrices: in an order that all processes have.
+        weight_decay: decoupled.
+        shard_group: processes that share one copy of the weights, if any do.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        weight_decay: float,
+        shard_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.matrices, self.weight_decay = matrices, weight_decay
+        self.shard_group = shard_group
+        first = matrices[0].part
+        # Five products in bf16 are exact enough, and fast where there are tensor cores.
+        self.dtype = torch.bfloat16 if first.is_cuda else first.dtype
+
+    @torch.no_grad()
+    def step(self, divisor: Tensor, is_good: Tensor) -> None:
+        """Apply the gradients over a finite divisor, or nothing where they are bad."""
+        parts = [matrix.part for matrix in self.matrices]
+        momenta = [matrix.momentum for matrix in self.matrices]
+        # What is not finite would remain so times zero.
+        gradients = [torch.where(is_good, part.grad, 0) for part in parts]
+        torch._foreach_div_(gradients, divisor.to(parts[0].dtype))
+        share = (1 - MOMENTUM) * is_good.to(divisor)
+        torch._foreach_mul_(momenta, 1 - share)
+        torch._foreach_add_(momenta, torch._foreach_mul(gradients, share))
+        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        for matrix in self.matrices if self.weight_decay else ():
+            matrix.part.mul_(1 - matrix.rate * is_good * self.weight_decay)
+        torch._foreach_sub_(parts, self._steps(ahead, is_good))
+
+    def _steps(self, parts: list[Tensor], is_good: Tensor) -> list[Tensor]:
+        """This process's parts of all steps, of its parts of the directions."""
+        wholes = self._whole([part.to(self.dtype) for part in parts])
+        alike = defaultdict(list)
+        for index, matrix in enumerate(self.matrices):
+            alike[matrix.size, matrix.rate].append(index)
+        found: dict[int, Tensor] = {}
+        for ((groups, rows, columns), rate), indices in alike.items():
+            each = [wholes[i].view(groups, rows, columns) for i in indices]
+            scale = STEP_RMS * math.sqrt(max(rows, columns)) * rate * is_good
+            steps_BRC = orthogonal(torch.cat(each)).to(parts[0].dtype) * scale
+            found |= zip(indices, steps_BRC.split(groups), strict=True)
+        return [self._own(found[i], part) for i, part in enumerate(parts)]
+
+    def _whole(self, parts: list[Tensor]) -> list[Tensor]:
+        """All processes' parts, each weight's rows of all groups in one matrix."""
+        columns = [matrix.size[2] for matrix in self.matrices]
+        parts_RC = [p.reshape(-1, C) for p, C in zip(parts, columns, strict=True)]
+        if self.shard_group is None:
+            return parts_RC
+        size = self.shard_group.size()
+        # FSDP2 gives each process the same number of rows, but for the last ones.
+        rows = [-(-matrix.shape[0] // size) for matrix in self.matrices]
+        padded = [
+            F.pad(part_RC, (0, 0, 0, R - len(part_RC))).flatten()
+            for part_RC, R in zip(parts_RC, rows, strict=True)
+        ]
+        flat = torch.cat(padded)
+        gathered = flat.new_empty(size * len(flat))
+        dist.all_gather_into_tensor(gathered, flat, group=self.shard_group)
+        pieces = gathered.view(size, -1).split([len(p) for p in padded], 1)
+        return [
+            piece.reshape(-1, C)[: matrix.shape[0]]
+            for piece, C, matrix in zip(pieces, columns, self.matrices, strict=True)
+        ]
+
+    def _own(self, whole_BRC: Tensor, part: Tensor) -> Tensor:
+        """The rows of a part, in its shape."""
+        whole_RC = whole_BRC.flatten(0, 1)
+        if self.shard_group is not None:
+            size, rank = self.shard_group.size(), self.shard_group.rank()
+            first = -(-len(whole_RC) // size) * rank
+            whole_RC = whole_RC[first : first + len(part)]
+        return whole_RC.reshape(part.shape)
+
+
+def orthogonal(matrices_BRC: Tensor) -> Tensor:
+    """Matrices of about the same singular vectors, and singular values of about one.
+
+    By Newton-Schulz iterations in the format of the matrices; what is zero stays zero.
+    """
+    if matrices_BRC.shape[1] > matrices_BRC.shape[2]:
+        return orthogonal(matrices_BRC.mT).mT
+    a, b, c = COEFFICIENTS
+    norms_B11 = torch.linalg.vector_norm(matrices_BRC, dim=(1, 2), keepdim=True)
+    x_BRC = matrices_BRC / norms_B11.clamp_min(EPS)
+    for _ in range(ITERATIONS):
+        gram_BRR = x_BRC @ x_BRC.mT
+        gram_BRR = torch.baddbmm(gram_BRR, gram_BRR, gram_BRR, beta=b, alpha=c)
+        x_BRC = torch.baddbmm(x_BRC, gram_BRR, x_BRC, beta=a)
+    return x_BRC
