@@ -51,8 +51,8 @@ class Model:
     starts from new weights."""
     initialization: Literal["he", "pytorch"] = "he"
     """How new weights start. he: activations keep their scale, residual blocks add
-    nothing, and colors pass through; pytorch: its defaults, as in the published recipe,
-    which learns more slowly."""
+    nothing, and colors pass through; pytorch: its defaults, and grey frames, as in the
+    published recipe, which learns more slowly."""
     trained: Literal["both", "encoder", "decoder"] = "both"
     """Which parts are trained; the other keeps its weights."""
 

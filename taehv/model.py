@@ -639,10 +639,11 @@ class TAEHV(nn.Module):
             generator: of random numbers; None takes PyTorch's own.
             initialization: he: latents of natural frames begin with an RMS near 1, and
                 a reconstruction as a blurred picture of them; pytorch: as PyTorch
-                makes convolutions.
+                makes convolutions, and frames grey, as the published recipe has it.
         """
         if initialization == "pytorch":
             init_as_pytorch(self, generator)
+            nn.init.constant_(self.decoder[-1].bias, 0.5)
             return
         init_blocks(self.encoder, generator)
         init_blocks(self.decoder, generator)
