@@ -31,6 +31,7 @@ from taehv.errors import UserError
 from taehv.optim import Ema, Optimizer
 from taehv.storage import MANIFEST, Folder, HashedFiles, verify, write_manifest
 from taehv.weights import check_tensors
+from taehv.writing import whole
 
 State = dict[str, dict[str, Tensor]]
 
@@ -218,12 +219,17 @@ def checkpoint_in(folder: Folder) -> Folder:
 def save_weights_only(
     folder: Path, weights: dict[str, Tensor], about: dict[str, str]
 ) -> None:
-    """Write a checkpoint of weights alone, from which a training can start."""
-    target = Folder(folder)
-    writer, disk = dcp_writer(target)
-    with _quiet():
-        dcp.save({"model": weights}, storage_writer=writer, no_dist=True)
-    finish(target, disk.entries, {ABOUT: json.dumps(about, indent=1)})
+    """Write a checkpoint of weights alone, from which a training can start.
+
+    Raises:
+        OSError, CheckpointException: it cannot be written, and nothing is left of it.
+    """
+    with whole(folder) as unfinished:
+        target = Folder(unfinished)
+        writer, disk = dcp_writer(target)
+        with _quiet():
+            dcp.save({"model": weights}, storage_writer=writer, no_dist=True)
+        finish(target, disk.entries, {ABOUT: json.dumps(about, indent=1)})
 
 
 def dcp_writer(folder: Folder) -> tuple[dcp.FileSystemWriter, HashedFiles]:

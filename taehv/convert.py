@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from taehv.checkpoint import save_weights_only
+from taehv.checkpoint import reason, save_weights_only
 from taehv.errors import UserError, run_command
 from taehv.pretrained import load_model
 from taehv.variants import VARIANTS
@@ -61,9 +61,11 @@ def convert(
     write = save_weights if is_file else save_weights_only
     try:
         write(target, converted, about)
-    except (OSError, CheckpointException) as error:
-        reason = getattr(error, "strerror", None) or "see that its folder can be made"
-        raise UserError(f"cannot write {target}: {reason}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error}") from None
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise UserError(f"cannot write {target}: {reason(cause)}") from None
     return model.variant_name
 
 

@@ -44,7 +44,7 @@ from taehv.config import Data
 from taehv.config import Teacher as TeacherSettings
 from taehv.errors import UserError, run_command
 from taehv.files import FileList
-from taehv.logging import set_up_console, write_text
+from taehv.logging import set_up_console
 from taehv.losses import psnr
 from taehv.measure import peak_gib, synchronize
 from taehv.metrics import (
@@ -65,6 +65,7 @@ from taehv.pretrained import (
 from taehv.teacher import Teacher, check_teacher, load_teacher
 from taehv.variants import FRAME_RULES, Variant
 from taehv.video import Crop, VideoError, decode_window, probe
+from taehv.writing import write_text
 
 log = logging.getLogger("taehv")
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from taehv.board import Board
 from taehv.config import Logging
-from taehv.visualize import gif
+from taehv.writing import GrowingFile, write_text
 
 log = logging.getLogger("taehv")
 
@@ -31,13 +28,6 @@ def set_up_console(rank: int) -> None:
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def truncate_records(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -54,7 +44,7 @@ def truncate_records(path: Path, last_step: int) -> list[dict[str, Any]]:
             break
         if record["step"] <= last_step:
             records.append(record)
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_text(path, b"".join(map(_line, records)).decode())
     return records
 
 
@@ -75,9 +65,9 @@ class RunLog:
         last = step or -1  # a run that starts anew has no validation yet either
         truncate_records(folder / "metrics.jsonl", last)
         self.validations = truncate_records(folder / "validation.jsonl", last)
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._validation = (folder / "validation.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self._metrics = GrowingFile(folder / "metrics.jsonl")
+        self._validation = GrowingFile(folder / "validation.jsonl")
+        self.board = Board(folder / "tensorboard", step + 1)
         self._redirect = logging_redirect_tqdm([log])
         self._redirect.__enter__()
         self._bar = tqdm(
@@ -97,7 +87,7 @@ class RunLog:
         """
         step = record["step"]
         exact = {key: _or_null(value) for key, value in record.items()}
-        print(json.dumps(exact), file=self._metrics, flush=True)
+        self._metrics.write(_line(exact))
         psnr = f"PSNR {record['psnr']:5.2f} dB | " if "psnr" in record else ""
         line = (
             f"loss {record['loss']:.4f} | {psnr}{speed['clips_per_second']:.1f} clips/s"
@@ -108,7 +98,7 @@ class RunLog:
             return
         for name, value in {**record, **speed}.items():
             if name != "step":
-                self.board.add_scalar(_tag(name), value, step)
+                self.board.scalar(_tag(name), value, step)
         if self._bar.disable:
             left = (time.monotonic() - self._start) / (step - self._first)
             left *= self.steps - step
@@ -117,7 +107,7 @@ class RunLog:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Show in TensorBoard what differs between equal runs."""
         for name, value in values.items():
-            self.board.add_scalar(_tag(name), value, step)
+            self.board.scalar(_tag(name), value, step)
 
     def validation(
         self,
@@ -135,28 +125,12 @@ class RunLog:
         exact = {name: _or_null(value) for name, value in values.items()}
         record = {"step": step, **exact, "intervals": intervals or {}}
         self.validations.append(record)
-        print(json.dumps(record), file=self._validation, flush=True)
+        self._validation.write(_line(record))
         for name, value in values.items():
-            self.board.add_scalar(f"validation/{name}", value, step)
-
-    def picture(self, tag: str, picture_HWC: np.ndarray, step: int) -> None:
-        """Show a uint8 picture in TensorBoard."""
-        self.board.add_image(tag, picture_HWC, step, dataformats="HWC")
-
-    def clip(self, tag: str, frames_THWC: np.ndarray, step: int, rate: float) -> None:
-        """Show a uint8 clip in TensorBoard; its own add_video needs moviepy."""
-        _, height, width, channels = frames_THWC.shape
-        image = Summary.Image(
-            height=height,
-            width=width,
-            colorspace=channels,
-            encoded_image_string=gif(frames_THWC, rate),
-        )
-        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self.board._get_file_writer().add_summary(summary, step)
+            self.board.scalar(f"validation/{name}", value, step)
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write out what is not written yet."""
         self._bar.close()
         self._redirect.__exit__(None, None, None)
         self.board.close()
@@ -174,6 +148,10 @@ def clock(seconds: float) -> str:
 def _or_null(value: float) -> float | None:
     """JSON has no numbers that are not finite."""
     return value if math.isfinite(value) else None
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 def _tag(name: str) -> str:

@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
-from taehv.errors import UserError
 from taehv.losses import aligned, psnr
 from taehv.variants import Variant
 
@@ -346,38 +344,6 @@ def student_quantile(freedom: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return sum(term / freedom**power for power, term in enumerate(terms))
-
-
-# --- many validations --------------------------------------------------------------
-
-
-def check_best(name: str) -> None:
-    """Raise a UserError where validation.best names no measure."""
-    if name and measure_of(name) is None:
-        raise UserError(
-            f"validation.best = {name} is no measure: take psnr, ssim, "
-            "difference_psnr, or another of validation.jsonl"
-        )
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best validation of a run."""
-
-    step: int
-    value: float
-    since: int
-    """Validations after it, none of them better."""
-
-
-def best_validation(records: Sequence[dict[str, Any]], name: str) -> Best | None:
-    """The first that no other is better than; None where none has the measure."""
-    about = measure_of(name)
-    having = [i for i, record in enumerate(records) if record.get(name) is not None]
-    if about is None or not having:
-        return None
-    place = min(having, key=lambda i: about.gap(records[i][name]))
-    return Best(records[place]["step"], records[place][name], len(records) - 1 - place)
 
 
 # --- latents -----------------------------------------------------------------------

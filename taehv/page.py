@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from taehv.writing import write_text
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Told apart by the colour-blind, too (Okabe and Ito, jfly.uni-koeln.de/color)."""
 WIDTH, HEIGHT = 480, 270
@@ -73,12 +75,7 @@ def write_page(path: str | os.PathLike[str], title: str, body: Iterable[str]) ->
         + "\n".join(body)
         + "\n</body></html>\n"
     )
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_text(path, page)
 
 
 def heading(text: str, level: int = 2) -> str:

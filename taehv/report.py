@@ -23,9 +23,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from taehv import page
+from taehv.best import best_validation
 from taehv.config import Config
 from taehv.errors import UserError, run_command
-from taehv.metrics import DECODER, MEASURES, best_validation, measure_of
+from taehv.metrics import DECODER, MEASURES, measure_of
 from taehv.page import COLORS, Series
 
 POINTS = 300

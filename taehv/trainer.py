@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from taehv.augment import Upload
+from taehv.best import BEST_GROUP, BestSoFar, check_best
 from taehv.bottleneck import Bottleneck
 from taehv.cache import Cache, CacheDataset, cached_batches
 from taehv.checkpoint import load, read_about, read_config, training_state
@@ -39,13 +40,13 @@ from taehv.distributed import (
     uses_cuda_graph,
 )
 from taehv.errors import UserError
+from taehv.exports import Exports
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.local_batch import LocalBatch, check_probe
-from taehv.logging import RunLog, log, set_up_console, write_text
+from taehv.logging import RunLog, log, set_up_console
 from taehv.losses import Targets, judged, psnr, training_losses
 from taehv.memory import MemoryMonitor, memory_peaks
-from taehv.metrics import Best, best_validation, check_best
 from taehv.model import TAEHV
 from taehv.optim import Ema, learning_rate, new_optimizer
 from taehv.perceptual import load_measures
@@ -63,7 +64,7 @@ from taehv.storage import Folder
 from taehv.teacher import check_teacher, load_teacher
 from taehv.validate import tell, validate
 from taehv.watchdog import Watchdog
-from taehv.weights import save_weights
+from taehv.writing import write_text
 
 STEPS_AHEAD = 2
 """How far the host runs ahead of a GPU, which then never waits for it."""
@@ -150,6 +151,7 @@ class Trainer:
         self.collapse = CollapseWatch()
         settings = config.validation
         check_best(settings.best)
+        self.best = BestSoFar(settings.best)
         self.extra = load_measures(
             settings.lpips, settings.st_lpips, settings.vmaf, world.device
         )
@@ -161,6 +163,7 @@ class Trainer:
             config.checkpoint,
             self._tell_saved,
         )
+        self.exports = Exports(self.folder / "export")
         origin = self.checkpointer.find()
         self._build_model(resumes=origin is not None)
         self._build_teacher()
@@ -168,6 +171,7 @@ class Trainer:
             self._resume(origin)
         self.checkpointer.prepare(self._state())
         self.log = self._open_log() if world.is_main else None
+        self._catch_up()
         self.memory = MemoryMonitor()
         self.local_batch = self._local_batch()
 
@@ -306,18 +310,18 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / "config.toml", dumps(self.config))
+            run_log = RunLog(
+                self.folder,
+                self.config.logging,
+                self.counts.step,
+                self.config.training.steps,
+            )
         except OSError as error:
             raise UserError(
-                f"cannot write to {self.folder} ({error.strerror}): set "
+                f"cannot write to {self.folder} ({error.strerror}): make room, or set "
                 "job.output_dir to a folder that you may write to"
             ) from None
-        run_log = RunLog(
-            self.folder,
-            self.config.logging,
-            self.counts.step,
-            self.config.training.steps,
-        )
-        run_log.board.add_text("config", f"```\n{dumps(self.config)}\n```")
+        run_log.board.text("config", f"```\n{dumps(self.config)}\n```")
         self._announce()
         return run_log
 
@@ -368,6 +372,7 @@ class Trainer:
         }
         groups = self.seraena.state(self.world.rank) if self.seraena else {}
         groups["gradients"] = {"norms": self.optimizer.norms}
+        groups[BEST_GROUP] = self.best.state()
         return training_state(self.model, self.ema, self.optimizer, counts, **groups)
 
     def _clips_hash(self) -> int:
@@ -384,14 +389,16 @@ class Trainer:
                 f"{variant}: take that, or choose another --job.name"
             )
         self._check_optimizer(origin)
-        optional = (SERAENA_GROUPS | {"gradients"}) & state.keys()
-        filled = load(origin, state, optional=optional)
+        optional = (SERAENA_GROUPS | {"gradients", BEST_GROUP}) & state.keys()
+        filled = load(origin, state, optional)
         loaded = {key: value.item() for key, value in state["counts"].items()}
         self._check_unchanged(origin, loaded, expected)
         self.counts = Counts(**{key: loaded[key] for key in asdict(self.counts)})
         # Other buckets than before, if allowed, have their steps elsewhere.
         self.counts.samples = self.buckets.aligned(self.counts.samples)
         log.info(f"resuming from {origin}")
+        if BEST_GROUP in filled:
+            self.best.load(state[BEST_GROUP])
         if self.seraena is not None:
             self.seraena.go_on(self.counts.step, filled)
 
@@ -405,6 +412,13 @@ class Trainer:
                 "that, or start from its weights by --model.checkpoint in another "
                 "--job.name"
             )
+
+    def _catch_up(self) -> None:
+        """See the validations that the checkpoint does not know of (a collective)."""
+        told = [self.log.validations if self.log else []]
+        dist.broadcast_object_list(told, src=0)
+        for record in told[0]:
+            self.best.see(record)
 
     def _check_unchanged(
         self, origin: Folder, before: dict[str, int], now: dict[str, int]
@@ -433,6 +447,7 @@ class Trainer:
             log.warning(f"not the settings of {origin}: {key}: {old} -> {new}")
 
     def _save(self) -> None:
+        self.exports.retry()
         texts = texts_beside(self._about(), dumps(self.config))
         self.checkpointer.save(self.counts.step, self._state(), texts)
 
@@ -725,35 +740,23 @@ class Trainer:
             )
         if self.log is not None:
             tell(result, self.log, self.counts.step, self.folder)
-            self._keep_best(weights)
+        self.best.see({"step": self.counts.step, **result.scalars()})
+        best = self.best.best
+        # The weights that a run begins with are there.
+        if best is not None and best.step == self.counts.step > 0:
+            self.exports.write("best", "best", weights, self._about())
         self.is_stale = self._has_no_patience()
 
-    def _best(self) -> Best | None:
-        """The best validation so far; the main process alone knows it."""
-        if self.log is None:
-            return None
-        return best_validation(self.log.validations, self.config.validation.best)
-
-    def _keep_best(self, weights: dict[str, Tensor]) -> None:
-        """Export the weights that did best; those a run begins with are there."""
-        best = self._best()
-        if best is None or best.step != self.counts.step or not self.counts.step:
-            return  # none, another, or what the run began with
-        try:
-            self._export("best", weights)
-        except OSError as error:
-            log.warning(f"the best weights so far are not kept: {error}")
-
     def _has_no_patience(self) -> bool:
-        """Whether too many validations in a row were no better (a collective)."""
-        best, patience = self._best(), self.config.validation.patience
-        return bool(from_main(best is not None and 0 < patience <= best.since))
+        """Whether too many validations in a row were no better."""
+        best, patience = self.best.best, self.config.validation.patience
+        return best is not None and 0 < patience <= best.since
 
     def _show_seraena(self) -> None:
         picture = self.seraena.picture()
         if picture is not None:
             name = "seraena/true_decoded_corrected_and_score_maps"
-            self.log.picture(name, picture, self.counts.step)
+            self.log.board.picture(name, picture, self.counts.step)
 
     def _finish(self) -> None:
         """See that the last step is saved, export the weights, sum up."""
@@ -763,18 +766,24 @@ class Trainer:
             self._save()
             self.checkpointer.wait()
         bad_clips = int(sum_over_ranks(torch.tensor(self.bad_clips)))
-        weights = self._whole_ema()
-        if self.log is None:
-            return
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
         if self.counts.step < self.config.training.steps and not self.is_stale:
             log.info(
                 f"stopped at step {self.counts.step}: saved to "
                 f"{self.checkpointer.path(self.counts.step)}; the same command goes on"
             )
             return
-        self._export(self.config.model.variant, weights)
-        print(self._summary(bad_clips), flush=True)
+        name = self.config.model.variant
+        self.exports.write("last", name, self._whole_ema(), self._about())
+        if self.exports.missing:
+            raise UserError(
+                f"cannot export {' and '.join(self.exports.missing)} to "
+                f"{self.exports.folder} ({self.exports.reason}): make room, and the "
+                "same command exports the last weights"
+            )
+        if self.log is not None:
+            print(self._summary(bad_clips), flush=True)
 
     def _about(self) -> dict[str, str]:
         """What the weights are, for whoever loads them."""
@@ -787,20 +796,9 @@ class Trainer:
             "config_sha256": hashlib.sha256(settings).hexdigest(),
         }
 
-    def _export(self, name: str, weights: dict[str, Tensor]) -> None:
-        for suffix in (".pth", ".safetensors"):
-            path = self.folder / "export" / (name + suffix)
-            save_weights(path, weights, self._about())
-
     def _export_step(self) -> None:
-        """Export on the way, where `_is_exported`; a failure costs that export."""
-        weights = self._whole_ema()
-        if self.world.is_main:
-            name = f"step-{self.counts.step}/{self.config.model.variant}"
-            try:
-                self._export(name, weights)
-            except OSError as error:
-                log.warning(f"cannot export {name} ({error}); training goes on")
+        name = f"step-{self.counts.step}/{self.config.model.variant}"
+        self.exports.write("step", name, self._whole_ema(), self._about())
 
     def _is_exported(self) -> bool:
         step, interval = self.counts.step, self.config.checkpoint.export_interval
@@ -836,9 +834,11 @@ class Trainer:
         return "\n".join(lines)
 
     def _told_best(self) -> list[str]:
-        best, name = self._best(), self.config.validation.best
+        best, name = self.best.best, self.best.name
         if best is None or best.step in (0, self.counts.step):
             return []
+        if not (self.exports.folder / "best.pth").exists():
+            return [f"  best so far      {name} {best.value:.4g} at step {best.step}"]
         return [
             f"  best weights     {self.folder}/export/best.pth and .safetensors: "
             f"{name} {best.value:.4g} at step {best.step}"

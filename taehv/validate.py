@@ -35,6 +35,7 @@ from taehv.perceptual import ClipMeasure, extra_values
 from taehv.teacher import Teacher
 from taehv.video import write_mp4
 from taehv.visualize import ERROR_GAIN, error_map, picture_strip, side_by_side
+from taehv.writing import whole
 
 log = logging.getLogger("taehv")
 
@@ -250,16 +251,15 @@ def _show(
     strips = [(*clip, error_map(clip[0], clip[1])) for clip in pictures]
     labels = [*labels[: len(pictures[0])], f"error x {ERROR_GAIN}"]
     picture = picture_strip(strips, labels=labels)
-    run_log.picture("validation/input_above_reconstruction", picture, step)
-    run_log.clip(
-        "validation/input_left_of_reconstruction",
-        side_by_side(pictures),
-        step,
-        SAMPLE_RATE,
-    )
-    samples.mkdir(exist_ok=True)
-    partial = samples / f"step-{step}.png.partial"
-    Image.fromarray(picture).save(partial, "PNG")
-    partial.replace(samples / f"step-{step}.png")
-    looped = side_by_side(pictures, repeat=3)
-    write_mp4(samples / f"step-{step}.mp4", looped, SAMPLE_RATE)
+    name = "validation/input_above_reconstruction"
+    run_log.board.picture(name, picture, step)
+    name = "validation/input_left_of_reconstruction"
+    run_log.board.clip(name, side_by_side(pictures), step, SAMPLE_RATE)
+    try:
+        with whole(samples / f"step-{step}.png") as unfinished:
+            samples.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(unfinished, "PNG")
+        looped = side_by_side(pictures, repeat=3)
+        write_mp4(samples / f"step-{step}.mp4", looped, SAMPLE_RATE)
+    except OSError as error:
+        log.warning(f"the pictures of step {step} are not in {samples}: {error}")

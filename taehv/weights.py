@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from taehv.errors import UserError
 from taehv.variants import VARIANTS, Variant
+from taehv.writing import write_files
 
 logger = logging.getLogger("taehv")
 
 PICKLE_SUFFIXES = (".pth", ".pt")
+EXPORT_SUFFIXES = (".pth", ".safetensors")
 METADATA_KEY = "taehv"
 # The first convolution of a memory block: base, ConvNeXt-like, pointwise.
 DECODER_SHAPES = {
@@ -227,23 +230,37 @@ def save_weights(
 
     Raises:
         UserError: if the suffix names no known format.
+        OSError: it cannot be written; what was there before is there still.
     """
     path = Path(path)
+    write_files({path: _serialized(path, state_dict, metadata)})
+
+
+def export_weights(
+    path: Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write PATH.pth and PATH.safetensors as `save_weights` does: both, or neither.
+
+    Raises:
+        OSError: they cannot be written; what was there before is there still.
+    """
+    paths = [path.with_name(path.name + suffix) for suffix in EXPORT_SUFFIXES]
+    write_files({path: _serialized(path, state_dict, metadata) for path in paths})
+
+
+def _serialized(
+    path: Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> bytes:
     if path.suffix not in (*PICKLE_SUFFIXES, ".safetensors"):
         raise UserError(f"{path}: name the export .pth, .pt or .safetensors")
     tensors = OrderedDict(
         (key, value.detach().cpu().contiguous()) for key, value in state_dict.items()
     )
     metadata = {**metadata, "format": "taehv"}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".safetensors":
-            # safetensors' own save_file leaves a file that only its owner may read.
-            temporary.write_bytes(save(dict(tensors), metadata))
-        else:
-            tensors._metadata = {METADATA_KEY: metadata}
-            torch.save(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if path.suffix == ".safetensors":
+        return save(dict(tensors), metadata)
+    tensors._metadata = {METADATA_KEY: metadata}
+    # Into memory, since torch's own writer hides what a full disk says.
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()

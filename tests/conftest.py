@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -235,3 +237,19 @@ class Run:
     def losses(self) -> list[float]:
         """The loss of every step so far."""
         return [record["loss"] for record in self.metrics()]
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int, process: int = 0) -> Iterator[None]:
+    """Let a process, by default this one, write no file beyond a size.
+
+    To a program that is what a full disk is: writes of which a part succeeds, then
+    OSErrors.
+    """
+    before = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(process, resource.RLIMIT_FSIZE, before)

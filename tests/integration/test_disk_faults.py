@@ -70,10 +70,15 @@ def settings() -> dict[str, object]:
 
 def test_faults_and_damage(videos: Path, tmp_path: Path, settings: dict) -> None:
     """Every save of a run has another fault; then its checkpoints are damaged."""
-    run = Run(tmp_path, videos, **settings)
+    run = Run(tmp_path, videos, **settings, checkpoint__export_interval=4)
     faults = {(2, 1): "space", (3, 0): "permission", (5, 1): "limit"}
     faults |= {(7, 1): "slow", (9, 0): "space"}
-    output = start(run, faults).end(seconds=240)
+    run.folder.mkdir()
+    (run.folder / "export").touch()  # where a folder should be
+    output = start(run, faults).end(1, seconds=240)
+    assert output.count("error: cannot export step-8/taehv and taehv to ") == 1
+    assert "export step-4/taehv is not written ([Errno " in output
+    assert "export step-8/taehv is not written ([Errno " in output
     told = [line for line in output.splitlines() if "is not saved" in line]
     for line, words in zip(
         told,
@@ -97,6 +102,7 @@ def test_faults_and_damage(videos: Path, tmp_path: Path, settings: dict) -> None
     with (checkpoints / "step-8/__0_0.distcp").open("r+b") as shard:
         shard.truncate(1000)
     (checkpoints / "step-7/.metadata").unlink()
+    (run.folder / "export").unlink()
     output = run.finish(2, training__steps=10)
     for words in (
         "step-9/__1_0.distcp is altered",
@@ -107,6 +113,8 @@ def test_faults_and_damage(videos: Path, tmp_path: Path, settings: dict) -> None
     assert f"resuming from {checkpoints}/step-6" in output
     assert "step-6: training.steps: 9 -> 10" in output
     assert run.metrics()[:9] == before and len(run.metrics()) == 10
+    exported = sorted(path.name for path in (run.folder / "export").iterdir())
+    assert exported == ["step-8", "taehv.pth", "taehv.safetensors"]
 
 
 def flip(path: Path) -> None:

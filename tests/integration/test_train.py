@@ -192,7 +192,9 @@ def test_the_best_weights_are_kept_and_patience_ends_a_run(
         with safe_open(run.folder / f"export/{name}.safetensors", "pt") as file:
             assert file.metadata()["step"] == step
     before = run.metrics()
-    assert "12 steps done, ended early" in run.finish(**spoiled)
+    (run.folder / "validation.jsonl").unlink()  # the checkpoint knows it, too
+    output = run.finish(**spoiled)
+    assert "12 steps done, ended early" in output and "at step 6" in output
     assert run.metrics() == before and len(before) == 12
 
 

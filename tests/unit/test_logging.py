@@ -18,7 +18,6 @@ from taehv.logging import (
     log,
     set_up_console,
     truncate_records,
-    write_text,
 )
 
 SPEED = {"clips_per_second": 4.0}
@@ -51,19 +50,6 @@ def _console() -> Iterator[None]:
 )
 def test_clock(seconds: float, shown: str) -> None:
     assert clock(seconds) == shown
-
-
-def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "text"
-    write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new" + "\udc80")
-    with path.open() as reader:
-        write_text(path, "new")
-        assert reader.read() == "old"
-    assert path.read_text() == "new"
-    write_text(path, "newer")
-    assert [p.name for p in tmp_path.iterdir()] == ["text"]
 
 
 def test_records_of_later_steps_are_dropped(tmp_path: Path) -> None:
@@ -151,8 +137,8 @@ def test_other_ranks_tell_warnings_alone(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_pictures_and_clips_reach_tensorboard(tmp_path: Path) -> None:
     run_log = RunLog(tmp_path, Logging(), step=0, steps=1)
-    run_log.picture("strip", np.zeros((6, 8, 3), np.uint8), 1)
-    run_log.clip("clip", np.zeros((2, 4, 5, 3), np.uint8), 1, rate=8)
+    run_log.board.picture("strip", np.zeros((6, 8, 3), np.uint8), 1)
+    run_log.board.clip("clip", np.zeros((2, 4, 5, 3), np.uint8), 1, rate=8)
     run_log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (strip,), (clip,) = events.Images("strip"), events.Images("clip")

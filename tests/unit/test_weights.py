@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import file_size_limit
 from golden_vectors import MANIFEST
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taehv import TAEHV, VARIANTS
 from taehv.errors import UserError
-from taehv.weights import identify, load_state_dict_file, save_weights
+from taehv.weights import (
+    export_weights,
+    identify,
+    load_state_dict_file,
+    save_weights,
+)
 
 SUFFIXES = [".pth", ".pt", ".safetensors"]
 SAME_SHAPES = ["taehv", "taecvx", "taew2_1", "taeos1_3"]
@@ -106,6 +112,28 @@ def test_a_failed_export_leaves_the_old_file(
         save_weights(path, weights, {"variant": None})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(
+    weights: dict[str, Tensor], tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    with file_size_limit(2**20), pytest.raises(OSError, match="File too large"):
+        save_weights(path, weights, {})
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_an_export_is_both_files_or_none(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    (tmp_path / "best.safetensors").mkdir()
+    (tmp_path / "best.safetensors/other").touch()
+    with pytest.raises(OSError):
+        export_weights(tmp_path / "best", weights, {})
+    assert os.listdir(tmp_path) == ["best.safetensors"]
 
 
 def test_export_to_an_unknown_format(tmp_path: Path) -> None:
