@@ -19,7 +19,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ from taehv.metrics import (
     measure,
 )
 from taehv.model import TAEHV
+from taehv.perceptual import ClipMeasure, extra_values, load_measures
 from taehv.pretrained import (
     add_device_arguments,
     choose_device,
@@ -299,12 +300,24 @@ def read_clip(files: FileList, clip: JudgedClip) -> Tensor:
 
 
 class Judge:
-    """Gives every clip to every entrant."""
+    """Gives every clip to every entrant.
+
+    Args:
+        entrants: who is judged.
+        teacher: one of them, whose latents the others are compared with.
+        device: where they are.
+        extra: further measures, see perceptual.load_measures.
+    """
 
     def __init__(
-        self, entrants: list[Entrant], teacher: Reference | None, device: torch.device
+        self,
+        entrants: list[Entrant],
+        teacher: Reference | None,
+        device: torch.device,
+        extra: Mapping[str, ClipMeasure],
     ) -> None:
         self.entrants, self.teacher, self.device = entrants, teacher, device
+        self.extra = extra
         self.judged = [Judged(one.name, one.about) for one in entrants]
 
     @torch.no_grad()
@@ -321,9 +334,9 @@ class Judge:
             if isinstance(entrant, Student):
                 variant = entrant.model.variant
                 positions = group_positions(variant, len(frames_TCHW))
-            values = measure(frames_1TCHW[0], decoded_TCHW, positions)
+            values = self._measured(frames_1TCHW[0], decoded_TCHW, positions)
             if taught_1TCHW is not None and isinstance(entrant, Student):
-                values |= _against_teacher(
+                values |= self._against_teacher(
                     entrant, frames_1TCHW[0], latents_1TCHW, taught_1TCHW
                 )
             judged.values[number] = values
@@ -331,6 +344,28 @@ class Judge:
                 frames_1TCHW[0, : len(decoded_TCHW)], decoded_TCHW[: len(frames_TCHW)]
             )
             judged.frame_psnr[number] = psnr(errors_T).tolist()
+
+    def _measured(
+        self,
+        frames_TCHW: Tensor,
+        decoded_TCHW: Tensor,
+        positions: Sequence[int] | None = None,
+    ) -> dict[str, float]:
+        values = measure(frames_TCHW, decoded_TCHW, positions)
+        return values | extra_values(self.extra, frames_TCHW, decoded_TCHW)
+
+    def _against_teacher(
+        self,
+        student: Student,
+        frames_TCHW: Tensor,
+        ours_1TCHW: Tensor,
+        theirs_1TCHW: Tensor,
+    ) -> dict[str, float]:
+        statistics = LatentStatistics(ours_1TCHW.shape[2], ours_1TCHW.device)
+        statistics.add(ours_1TCHW, theirs_1TCHW)
+        measured = self._measured(frames_TCHW, student.shown(theirs_1TCHW)[0])
+        values = {"latent_correlation": statistics.report().correlation}
+        return values | {DECODER + name: value for name, value in measured.items()}
 
     @torch.no_grad()
     def shown(self, number: int, frames_TCHW: Tensor) -> tuple[Tensor, ...]:
@@ -369,17 +404,6 @@ class Judge:
         return 1000 * statistics.median(times)
 
 
-def _against_teacher(
-    student: Student, frames_TCHW: Tensor, ours_1TCHW: Tensor, theirs_1TCHW: Tensor
-) -> dict[str, float]:
-    statistics = LatentStatistics(ours_1TCHW.shape[2], ours_1TCHW.device)
-    statistics.add(ours_1TCHW, theirs_1TCHW)
-    decoded_TCHW = student.shown(theirs_1TCHW)[0]
-    values = {"latent_correlation": statistics.report().correlation}
-    measured = measure(frames_TCHW, decoded_TCHW)
-    return values | {DECODER + name: value for name, value in measured.items()}
-
-
 def reset_peak(device: torch.device) -> None:
     """Begin to watch memory."""
     if device.type == "cuda":
@@ -406,6 +430,7 @@ def evaluate(arguments: argparse.Namespace) -> Comparison:
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.precision, device)
     output = make_folder(arguments.output)
+    extra = load_measures(arguments.lpips, arguments.st_lpips, arguments.vmaf, device)
     files = find_files(arguments.videos)
     names = choose_names(arguments.checkpoints, arguments.names)
     students = load_students(
@@ -421,7 +446,8 @@ def evaluate(arguments: argparse.Namespace) -> Comparison:
     for student in students:
         place(student.model, device, dtype)
     teacher = find_teacher(arguments, students, clips, device)
-    judge = Judge([*students, *([teacher] if teacher else [])], teacher, device)
+    entrants = [*students, *([teacher] if teacher else [])]
+    judge = Judge(entrants, teacher, device, extra)
     for number, clip in enumerate(tqdm(clips, unit="clip", disable=None, leave=False)):
         judge.add(number, read_clip(files, clip))
     judge.time_all(read_clip(files, clips[0]))
@@ -543,6 +569,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--frames", type=int, default=0, help="of a clip; default: 33, or what fits")
     add("--side", type=int, default=USUAL_SIDE, help="longer side of clips, in pixels")
     add("--examples", type=int, default=2, help="worst and best clips to show")
+    add(
+        "--lpips",
+        default="",
+        help="weights of torchvision's AlexNet or VGG16 (.pth): measure LPIPS",
+    )
+    add(
+        "--st_lpips",
+        "--st-lpips",
+        action="store_true",
+        help="measure ST-LPIPS, by the package stlpips-pytorch",
+    )
+    add("--vmaf", default="", help="an ffmpeg that has libvmaf: measure VMAF")
     add_device_arguments(parser)
     return parser
 

@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 import re
 import statistics
 import sys
@@ -29,6 +30,7 @@ from taehv.evaluate import (
     read_clip,
 )
 from taehv.metrics import measure
+from taehv.perceptual import ClipMeasure
 from taehv.weights import save_weights
 
 FRAMES = 9
@@ -113,6 +115,37 @@ def test_values_are_those_of_the_metrics(place: Path, results: Path) -> None:
     other = [models["worse"]["values"][str(n)]["psnr"] for n in range(3)]
     gap = statistics.mean(b - a for a, b in zip(psnr, other, strict=True))
     assert pairs["worse", "good"]["psnr"]["mean"] == pytest.approx(gap)
+
+
+def test_further_measures_reach_every_result(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measures themselves are tested where they are made."""
+    network, program = tmp_path / "alexnet.pth", tmp_path / "ffmpeg"
+    asked = []
+
+    def load(*arguments: object) -> dict[str, ClipMeasure]:
+        asked.append(arguments[:-1])
+        return {
+            "lpips": lambda theirs, ours: float((theirs - ours).abs().mean()),
+            "st_lpips": lambda theirs, ours: 0.5,
+            "vmaf": lambda theirs, ours: math.nan,
+        }
+
+    monkeypatch.setattr(evaluate, "load_measures", load)
+    run(
+        *(monkeypatch, place / "good.safetensors", "--videos", place / "videos/a.mp4"),
+        *("--output", tmp_path / "out", "--frames", 5, "--side", 32, "--examples", 0),
+        *("--teacher-kind", "cache_teachers:Projection"),
+        *("--lpips", network, "--st_lpips", "--vmaf", program),
+    )
+    assert asked == [(str(network), True, str(program))]
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    good, teacher = (model["values"]["0"] for model in content["models"])
+    assert good["lpips"] != good["decoder_lpips"] and good["st_lpips"] == 0.5
+    assert "lpips" in teacher and "decoder_lpips" not in teacher
+    assert not any("vmaf" in name for name in good)  # of no clip
+    assert "LPIPS" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
 def test_the_csv_has_a_line_for_each_model_and_clip(results: Path) -> None:
@@ -248,6 +281,8 @@ def test_mistakes_are_one_line(
         "no clip could be decoded": (good, "--videos", tmp_path / "bad"),
         "name another": (good, "--videos", videos, "--output", tmp_path / "file"),
         "needs --teacher-kind": (good, "--videos", videos, "--teacher-path", "x"),
+        "has not the weights of": (good, "--videos", videos, "--lpips", good),
+        "is no program": (good, "--videos", videos, "--vmaf", tmp_path / "none"),
         "--clips -1": (good, "--videos", videos, "--clips", -1),
         "no hub id": (
             *(good, "--videos", videos, "--frames", 5, "--side", 32),
