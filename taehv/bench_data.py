@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import importlib.metadata
 import itertools
 import random
 import time
@@ -21,9 +22,10 @@ from taehv.config import Data
 from taehv.data import ClipDataset
 from taehv.errors import UserError
 from taehv.files import FileList, Source
+from taehv.measure import Report
 from taehv.video import probe
 
-COLUMNS = {"video": 24, "way": 20, "clips/core-s": 8, "clips": 5}
+COLUMNS = {"video": 24, "way": 20, "clips/core-s": 12, "clips": 5}
 FRAMES, SIDE, STRIDES, SCALES = 12, 128, (1, 3), (0.5, 1.0)
 KINDS = ((900, 1600, 250), (900, 1600, 30), (720, 1280, 250))
 """Height, width and keyframe interval of the copies that are measured."""
@@ -70,13 +72,14 @@ def bench_data(bench: Bench) -> None:
     if not bench.options.root:
         raise UserError("--data needs videos: name their folder by --root")
     files = Source.of(bench.options.root, "").files(images=False)
+    others = _others(bench.report)
     bench.report.table(f"decoding clips of {FRAMES} x {SIDE} x {SIDE}", COLUMNS)
     with TemporaryDirectory(prefix="taehv-") as folder:
         for height, width, interval in KINDS:
             name = f"{width}x{height} g{interval}"
             copy = Path(folder) / f"{name}.mp4"
             _copy(files, copy, height, width, interval)
-            for way, decode in _ways(str(copy)):
+            for way, decode in _ways(str(copy), others):
                 rate, clips = clips_per_core_second(decode, bench.options.seconds)
                 cells = {"clips/core-s": rate, "clips": clips}
                 bench.report.row(video=name, way=way, **cells)
@@ -128,15 +131,30 @@ def _footage(files: FileList) -> Iterator[av.VideoFrame]:
                     return
 
 
-def _ways(path: str) -> Iterator[tuple[str, Callable[[int], int]]]:
+def _others(report: Report) -> list[str]:
+    """The packages beside PyAV that can decode here; says their versions."""
+    told, found = [f"PyAV {av.__version__} with FFmpeg {av.ffmpeg_version_info}"], []
+    for package, (module, _) in OTHERS.items():
+        try:
+            importlib.import_module(module)
+        except (ImportError, OSError, RuntimeError) as error:  # or without its FFmpeg
+            reason = str(error).strip().partition("\n")[0]
+            told.append(f"no {package} ({reason})")
+            continue
+        name = importlib.metadata.packages_distributions()[module.partition(".")[0]][0]
+        told.append(f"{package} {importlib.metadata.version(name)}")
+        found.append(package)
+    report.say(", ".join(told))
+    return found
+
+
+def _ways(path: str, others: list[str]) -> Iterator[tuple[str, Callable[[int], int]]]:
     total = probe(path).frames
     for crops in CROPS:
-        yield f"taehv, {crops} crops", partial(_taehv, path, crops)
+        yield f"taehv, K = {crops}", partial(_taehv, path, crops)
     yield "plain PyAV", partial(_pyav, path, total)
-    if importlib.util.find_spec("cv2"):
-        yield "OpenCV", partial(_opencv, path, total)
-    if importlib.util.find_spec("torchcodec"):
-        yield "torchcodec", partial(_torchcodec, path, total)
+    for package in others:
+        yield package, partial(OTHERS[package][1], path, total)
 
 
 def _taehv(path: str, crops: int, number: int) -> int:
@@ -197,3 +215,10 @@ def _torchcodec(path: str, total: int, number: int) -> int:
     video = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
     frames = video.get_frames_at(draw.frames(total)).data.numpy()
     return _resized([draw.cut(frame) for frame in frames])
+
+
+OTHERS = {
+    "OpenCV": ("cv2", _opencv),
+    "torchcodec": ("torchcodec.decoders", _torchcodec),
+}
+"""The module of each package, and how it decodes."""

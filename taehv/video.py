@@ -45,6 +45,7 @@ SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int"
 BT709 = 1
 UNSPECIFIED_COLORSPACE = 2
 LIMITED_RANGE = 1
+FULL_RANGE = 2
 COPY_TIME_BASE = Fraction(1, 90_000)
 
 
@@ -798,19 +799,33 @@ class _Cropper:
 
 
 def _build_graph(frame: VideoFrame, crop: Crop) -> av.filter.Graph:
-    """Crop, scale and conversion to RGB in one pass, in the frame's own orientation."""
+    """Crop, scale and conversion to RGB, in the frame's own orientation."""
     height, width, top, left = _box(frame, crop)
     turned = _quarter_turns(frame) % 2
     out_height, out_width = (
         (crop.width, crop.height) if turned else (crop.height, crop.width)
     )
-    scale = f"{out_width}:{out_height}:flags={SCALE_FLAGS}"
     return _linked(
         frame,
         ("crop", f"{width}:{height}:{left}:{top}:exact=1"),
-        ("scale", scale + _assumed_matrix(frame)),
-        ("format", "rgb24"),
+        *_scaled_to_rgb(frame, f"{out_width}:{out_height}:flags={SCALE_FLAGS}"),
     )
+
+
+def _scaled_to_rgb(frame: VideoFrame, scale: str) -> list[tuple[str, str]]:
+    """Filters; `scale` is the size, and how.
+
+    What nearly all videos have, YUV of limited range, is scaled to 16 bits and then
+    converted: the same values in half of the time that swscale takes for both at once.
+    Those of other kinds would be half a level off.
+    """
+    matrix = _assumed_matrix(frame)
+    direct = [("scale", scale + matrix), ("format", "rgb24")]
+    if not frame.format.name.startswith("yuv4") or frame.color_range == FULL_RANGE:
+        return direct
+    kept = matrix.replace("in_", "out_")
+    deep = [("scale", scale + matrix + kept), ("format", "yuv444p16le")]
+    return [*deep, ("scale", f"flags={SCALE_FLAGS}{matrix}"), ("format", "rgb24")]
 
 
 def _assumed_matrix(frame: VideoFrame) -> str:

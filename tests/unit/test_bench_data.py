@@ -17,7 +17,7 @@ from taehv.video import probe
 
 
 def test_every_way_decodes_the_same_copies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     (tmp_path / "videos").mkdir()
     make_video(tmp_path / "videos" / "short.mp4", size=(96, 128))
@@ -26,9 +26,9 @@ def test_every_way_decodes_the_same_copies(
     copies = []
     real = taehv.bench_data._ways
 
-    def ways(path: str):
+    def ways(path: str, others: list[str]):
         copies.append(probe(path))
-        return real(path)
+        return real(path, others)
 
     monkeypatch.setattr(taehv.bench_data, "_ways", ways)
     options = SimpleNamespace(root=str(tmp_path / "videos"), seconds=0.2)
@@ -41,9 +41,21 @@ def test_every_way_decodes_the_same_copies(
     (rows,) = json.loads(path.read_text())["tables"].values()
     found = {row["way"]: row for row in rows}
     for crops in (1, 4, 8):
-        assert found[f"taehv, {crops} crops"]["clips"] % crops == 0
+        assert found[f"taehv, K = {crops}"]["clips"] % crops == 0
     assert all(row["clips"] > 0 and row["clips/core-s"] > 0 for row in rows)
     assert "plain PyAV" in found
+    assert "PyAV" in capsys.readouterr().out
+
+
+def test_a_decoder_that_does_not_load_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "broken_decoder.py").write_text("raise RuntimeError('no FFmpeg')")
+    monkeypatch.syspath_prepend(tmp_path)
+    others = {"broken": ("broken_decoder", None), "sound": ("numpy", None)}
+    monkeypatch.setattr(taehv.bench_data, "OTHERS", others)
+    assert taehv.bench_data._others(Report({}, None)) == ["sound"]
+    assert "no broken (no FFmpeg), sound " in capsys.readouterr().out
 
 
 def test_videos_are_asked_for():

@@ -256,17 +256,26 @@ def test_odd_sizes(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("size", "tag", "luma_weights"),
+    ("size", "tag", "range_", "luma_weights"),
     [
-        ((720, 1280), 2, (0.2126, 0.0722)),
-        ((48, 64), 2, (0.299, 0.114)),
-        ((48, 64), 1, (0.2126, 0.0722)),
-        ((720, 1280), 6, (0.299, 0.114)),
+        ((720, 1280), 2, 0, (0.2126, 0.0722)),
+        ((48, 64), 2, 0, (0.299, 0.114)),
+        ((48, 64), 1, 1, (0.2126, 0.0722)),
+        ((720, 1280), 6, 1, (0.299, 0.114)),
+        ((48, 64), 1, 2, (0.2126, 0.0722)),
+        ((48, 64), 6, 2, (0.299, 0.114)),
     ],
-    ids=["untagged_hd", "untagged_sd", "tagged_bt709", "tagged_bt601"],
+    ids=[
+        *("untagged_hd", "untagged_sd", "tagged_bt709", "tagged_bt601"),
+        *("full_range_bt709", "full_range_bt601"),
+    ],
 )
 def test_color_matrix(
-    tmp_path: Path, size: tuple[int, int], tag: int, luma_weights: tuple[float, float]
+    tmp_path: Path,
+    size: tuple[int, int],
+    tag: int,
+    range_: int,
+    luma_weights: tuple[float, float],
 ):
     path = str(tmp_path / "color.mp4")
     height, width = size
@@ -278,17 +287,21 @@ def test_color_matrix(
         stream = container.add_stream("libx264", rate=25, options={"qp": "0"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.colorspace = tag
+        stream.codec_context.color_range = range_
         image = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         container.mux(stream.encode(image))
         container.mux(stream.encode(None))
     (clip,) = decode_window(path, 0.0, 1, 1, [Crop(32, 32)])
 
     weight_r, weight_b = luma_weights
-    y, cb, cr = (luma - 16) / 219, (blue - 128) / 224, (red - 128) / 224
+    if range_ == 2:
+        y, cb, cr = luma / 255, (blue - 128) / 255, (red - 128) / 255
+    else:
+        y, cb, cr = (luma - 16) / 219, (blue - 128) / 224, (red - 128) / 224
     r, b = y + 2 * (1 - weight_r) * cr, y + 2 * (1 - weight_b) * cb
     g = (y - weight_r * r - weight_b * b) / (1 - weight_r - weight_b)
     expected = np.array([r, g, b]) * 255
-    assert np.abs(clip - expected).max() <= 2
+    assert np.abs(clip - expected).max() <= 0.6
 
 
 def _make_sound(path: Path) -> None:
