@@ -36,11 +36,11 @@ from taehv.loader import ClipLoader
 from taehv.losses import Targets, judged
 from taehv.measure import Cost, Limits, Report
 from taehv.model import TAEHV
-from taehv.optim import Ema, learning_rate, new_optimizer
+from taehv.optim import Ema, learning_rate, local, new_optimizer
 from taehv.pretrained import initial_model
 from taehv.reference import LEARNING_RATE, PublishedStep, published
 from taehv.reference_seraena import PublishedSeraena
-from taehv.sampler import Steps
+from taehv.sampler import Steps, toss
 from taehv.seraena import Seraena, new_discriminator, new_view
 from taehv.step import StepResult, TrainingStep
 from taehv.variants import VARIANTS
@@ -197,6 +197,8 @@ class Student:
         self.model.fused = config.compile.fused
         self.model.checkpointing = config.training.activation_checkpointing
         roots = [self.model.encoder, self.model.decoder]
+        for root, name in zip(roots, ("encoder", "decoder"), strict=True):
+            root.requires_grad_(config.model.trained in ("both", name))
         compile_in_place(roots, config.compile, world.device)
         shard(roots, mesh, dtype, config.parallelism.cpu_offload)
         parameters = dict(self.model.named_parameters())
@@ -212,6 +214,23 @@ class Student:
             self.model, roots, optimizer, ema, config.loss, graph, self.seraena
         )
         self.steps = 0
+
+    @torch.no_grad()
+    def restart(self, config: Config) -> None:
+        """Begin anew with other settings, but for those that the model is built by.
+
+        The weights are set in place, so that compiled code stays. For one process, and
+        not for guided training.
+        """
+        self.config, self.steps = config, 0
+        torch.manual_seed(config.training.seed)
+        weights = initial_model(config.model).state_dict()
+        parameters = dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
+            local(parameter).copy_(weights[name])
+        roots = self.step.roots
+        ema = Ema(parameters, config.optim.ema_decay)
+        self.step.renew(new_optimizer(*roots, config.optim), ema, config.loss)
 
     def _seraena(
         self,
@@ -247,6 +266,9 @@ class Student:
             seed = self.config.training.seed
             draws_NG3 = self.seraena.draws(seed, batch.numbers, (T, H, W))
             targets.draws_NG3 = draws_NG3.to(device, non_blocking=True)
+        if self.config.loss.decoder_latents == "mixture":
+            own_N = toss(self.config.training.seed, batch.numbers)
+            targets.own_N = own_N.to(device, non_blocking=True)
         if batch.latents_NTCHW is None:
             return targets
         targets.latents_NTCHW = batch.latents_NTCHW.to(

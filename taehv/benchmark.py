@@ -21,6 +21,7 @@ from taehv.bench_curves import bench_curves
 from taehv.bench_data import bench_data
 from taehv.bench_decode import bench_decode
 from taehv.bench_memory import bench_memory
+from taehv.bench_recipe import bench_recipe
 from taehv.bench_start import bench_start
 from taehv.bench_teacher import bench_teacher
 from taehv.bench_train import bench_train
@@ -37,6 +38,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "teacher": (bench_teacher, "steps with a teacher, live and cached"),
     "curves": (bench_curves, "loss curves of all ways, beside two seeds"),
     "memory": (bench_memory, "the largest batch that fits"),
+    "recipe": (bench_recipe, "recipes of a --study; see docs/recipe.md"),
     "start": (bench_start, "the time from launch to the first step"),
 }
 
@@ -102,6 +104,16 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
 """What each option is read by, its default on a GPU and on a CPU, and its help."""
 
 
+RECIPE_OPTIONS: dict[str, tuple[Callable[[str], Any], Any, str]] = {
+    "study": (Path, Path("tests/gpu/recipe.toml"), "file of what is compared"),
+    "stages": (_listed(), None, "which of its stages; by default all"),
+    "output": (Path, Path("outputs/recipe"), "folder that keeps results and tables"),
+    "also": (str, None, "folder of other videos, to be judged before and after"),
+    "seconds-limit": (float, None, "no training begins that would not end by then"),
+}
+"""What each option is read by, its default, and its help."""
+
+
 def _parser() -> _Parser:
     parser = _Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -117,6 +129,15 @@ def _parser() -> _Parser:
             help=f"{text} (default: {gpu} on a GPU, {cpu} on a CPU)",
         )
     parser.add_argument("--root", help="folder of videos, in place of made-up clips")
+    for name, (kind, default, text) in RECIPE_OPTIONS.items():
+        told = f"with --recipe: {text}" + (f" (default: {default})" if default else "")
+        parser.add_argument(f"--{name}", type=kind, default=default, help=told)
+    parser.add_argument(
+        "--set",
+        action="append",
+        metavar="SECTION.SETTING=VALUE",
+        help="with --recipe: a setting of all arms; may come several times",
+    )
     parser.add_argument("--json", type=Path, help="file that takes all results")
     return parser
 

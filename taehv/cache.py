@@ -754,35 +754,42 @@ class CacheDataset(Dataset):
         window, n = g // self.data.crops_per_window, len(self.windows)
         epoch, i = divmod(window, n)
         item = permute(i, n, self.seed, epoch)
-        return self.windows.clip(item, g, *self._crop(g, self.windows.shape(item)))
+        data = self._shaped[self.buckets.of_sample(g) if self.buckets else 0]
+        shape = self.windows.shape(item)
+        crop = place_crop(data, self.windows.variant, shape, self.seed, g)
+        return self.windows.clip(item, g, *crop)
 
     def __getitems__(self, numbers: list[int]) -> list[Clip]:
         """Clips in the order asked for."""
         return [self[g] for g in numbers]
 
-    def _crop(
-        self, g: int, window: tuple[int, int, int]
-    ) -> tuple[int, tuple[slice, slice, slice], tuple[slice, slice, slice]]:
-        """Latents not judged, and slices of the frames and of the latents."""
-        bucket = self.buckets.of_sample(g) if self.buckets else 0
-        data, variant = self._shaped[bucket], self.windows.variant
-        space = variant.space_factor
-        first, later, y, x = draw(self.seed, g, 0, CACHED_CROP, 4)
-        starts = variant.crop_starts(variant.latents_of(window[0]), data.frames)
-        start = starts[_start(first, later, len(starts))]
-        top = int(y * ((window[1] - data.height) // space + 1))
-        left = int(x * ((window[2] - data.width) // space + 1))
-        latents = (
-            _run(start, variant.latents_of(data.frames)),
-            _run(top, data.height // space),
-            _run(left, data.width // space),
-        )
-        frames = (
-            _run(variant.first_frame(start), data.frames),
-            _run(top * space, data.height),
-            _run(left * space, data.width),
-        )
-        return data.lead_in if start else 0, frames, latents
+
+def place_crop(
+    data: Data, variant: Variant, window: tuple[int, int, int], seed: int, g: int
+) -> tuple[int, tuple[slice, slice, slice], tuple[slice, slice, slice]]:
+    """Where sample g lies in a window of frames, height and width; see CacheDataset.
+
+    Returns:
+        How many latents are not judged, and slices of the frames and of the latents, in
+        time, height and width.
+    """
+    space = variant.space_factor
+    first, later, y, x = draw(seed, g, 0, CACHED_CROP, 4)
+    starts = variant.crop_starts(variant.latents_of(window[0]), data.frames)
+    start = starts[_start(first, later, len(starts))]
+    top = int(y * ((window[1] - data.height) // space + 1))
+    left = int(x * ((window[2] - data.width) // space + 1))
+    latents = (
+        _run(start, variant.latents_of(data.frames)),
+        _run(top, data.height // space),
+        _run(left, data.width // space),
+    )
+    frames = (
+        _run(variant.first_frame(start), data.frames),
+        _run(top * space, data.height),
+        _run(left * space, data.width),
+    )
+    return data.lead_in if start else 0, frames, latents
 
 
 def _fitting(data: Data, windows: Windows) -> Windows:

@@ -78,6 +78,15 @@ class TrainingStep:
         self._captured: dict[tuple[Kind, Shapes], _Capture] = {}
         self._stream = torch.cuda.Stream() if graph else None
 
+    def renew(self, optimizer: Optimizer, ema: Ema, loss: Loss) -> None:
+        """Begin another training of the same model, whose weights are set in place.
+
+        What is compiled stays; graphs are captured anew, on the same stream.
+        """
+        self._captured.clear()
+        self._calls.clear()
+        self.optimizer, self.ema, self.loss = optimizer, ema, loss
+
     def __call__(self, batches: list[Targets], step: int, rate: float) -> StepResult:
         """Train.
 

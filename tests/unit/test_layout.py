@@ -38,6 +38,7 @@ LAYERS = {
     "bench_data": COMMAND,
     "bench_decode": COMMAND,
     "bench_memory": COMMAND,
+    "bench_recipe": COMMAND,
     "bench_start": COMMAND,
     "bench_teacher": COMMAND,
     "bench_train": COMMAND,

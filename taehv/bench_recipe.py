@@ -1,0 +1,413 @@
+"""Recipes compared: the trainer's own step, on clips that wait in the device's memory.
+
+The arms of a study are trained one after the other, on each GPU of the machine. Their
+results are kept, so that another call goes on where one has ended.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taehv.augment import to_frames
+from taehv.bench import Bench, Student
+from taehv.clips import Batch
+from taehv.config import Config, Parallelism, dumps
+from taehv.data import validation_batches
+from taehv.distributed import (
+    StopSignal,
+    World,
+    compute_dtype,
+    full,
+    started,
+    uses_compile,
+)
+from taehv.errors import UserError, run_command
+from taehv.index import build_file_lists
+from taehv.logging import log, set_up_console
+from taehv.measure import synchronize
+from taehv.metrics import clip_psnr
+from taehv.model import TAEHV
+from taehv.pool import Pool
+from taehv.study import Record, Results, Study, Task, settings_told, write_report
+from taehv.teacher import load_teacher
+from taehv.validate import ValidationResult, validate
+from taehv.visualize import to_uint8
+from taehv.weights import save_weights
+
+WARMUP_STEPS, TIMED_STEPS, TIMED_SECONDS = 8, 60, 2.0
+"""Steps before and while the time of a step is measured, the latter at most so long."""
+BESIDE_SECONDS = 60.0
+"""What is allowed for beside the first training: decoding, compiling, judging."""
+LEAST_BESIDE_SECONDS = 15.0
+"""And beside any other, of which some are of clips of a new shape."""
+BATCH = 16
+"""Held-out clips that are coded at a time."""
+SHOWN_FRAMES = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all processes know."""
+
+    study: Path
+    stages: list[str] | None
+    given: dict[str, Any]
+    output: Path
+    also: str
+    end: float
+    """By time.time(): no training begins that would not be done by then."""
+
+    def read(self) -> tuple[Study, Results]:
+        """The study and what is known of it."""
+        study = Study.read(self.study, self.given)
+        return study.of_stages(self.stages), Results(self.output)
+
+
+def bench_recipe(bench: Bench) -> None:
+    """Train what is not yet done of a study, and write its tables and pictures."""
+    options = bench.options
+    if not options.root:
+        raise UserError("--recipe needs --root: a folder of videos")
+    end = time.time() + (options.seconds_limit or float("inf"))
+    given = {"data.root": options.root, "training.device": bench.device.type}
+    given |= dict(_given(text) for text in options.set or [])
+    also = options.also or ""
+    job = Job(options.study, options.stages, given, options.output, also, end)
+    study, results = job.read()
+    left = _left(study, results)
+    processes = min(torch.cuda.device_count(), len(left))
+    if processes > 1:
+        _train_in_processes(job, processes)
+    else:
+        train_tasks(job, bench.world, iter(left))
+    whole = Study.read(job.study, job.given)
+    bench.report.say(write_report(whole, results))
+    left = _left(study, results)
+    if left:
+        bench.report.say(f"{len(left)} trainings are left: the same command goes on")
+
+
+def _left(study: Study, results: Results) -> list[Task]:
+    """What is not done yet."""
+    done = results.read()
+    return [task for task in study.tasks if task.key not in done]
+
+
+def _given(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise UserError(f"--set {text}: give section.setting=value")
+    return key, value
+
+
+def _train_in_processes(job: Job, processes: int) -> None:
+    """On all GPUs at once; each takes the next task that no other has taken."""
+    context = torch.multiprocessing.get_context("spawn")
+    taken = context.Value("i", 0)
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+    workers = []
+    for rank in range(processes):
+        os.environ["LOCAL_RANK"] = str(rank)  # the child has it from its first import
+        worker = context.Process(target=_train_aside, args=(job, taken))
+        worker.start()
+        workers.append(worker)
+    del os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"]
+    for worker in workers:
+        worker.join()
+    codes = [worker.exitcode for worker in workers]
+    if any(codes):
+        log.warning(f"processes ended with exit codes {codes}: see above")
+
+
+def _train_aside(job: Job, taken: Any) -> None:
+    run_command(functools.partial(_train_taken, job, taken))
+
+
+def _train_taken(job: Job, taken: Any) -> None:
+    study, results = job.read()
+    left = _left(study, results)
+
+    def tasks() -> Iterator[Task]:
+        while True:
+            with taken.get_lock():
+                number, taken.value = taken.value, taken.value + 1
+            if number >= len(left):
+                return
+            yield left[number]
+
+    with started(Parallelism(), "auto") as world:
+        set_up_console(world.rank)
+        train_tasks(job, world, tasks())
+
+
+def train_tasks(job: Job, world: World, tasks: Iterator[Task]) -> None:
+    """Train each in turn and note what it found, as long as there is time."""
+    study, results = job.read()
+    lab, beside = None, BESIDE_SECONDS
+    for task in tasks:
+        begin = time.time()
+        if begin + task.seconds + beside > job.end:
+            log.info(f"no time is left for {task.arm} of {task.stage}")
+            return
+        lab = lab or Lab(study, results, job.also, world)
+        results.add(lab.train(task))
+        beside = max(LEAST_BESIDE_SECONDS, time.time() - begin - task.seconds)
+
+
+@dataclass
+class Held:
+    """Held-out clips on the device, with a teacher's latents if there is one."""
+
+    batches: list[Batch]
+    frames: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.frames = [to_frames(b, b.frames_NTHWC.device) for b in self.batches]
+
+
+class Lab:
+    """One process's clips and models, which serve one arm after the other."""
+
+    def __init__(self, study: Study, results: Results, also: str, world: World) -> None:
+        self.study, self.results, self.world = study, results, world
+        self.device = world.device
+        is_gpu = self.device.type == "cuda"
+        self.device_name = torch.cuda.get_device_name() if is_gpu else "the CPU"
+        config = study.config()
+        # The teacher is compiled where the models are.
+        compiled = uses_compile(config.compile, self.device)
+        self.teacher = load_teacher(config.teacher, self.device, compiled)
+        train, held_out = build_file_lists(config.data)
+        self.held = self._held(config, held_out)
+        self.also = None
+        if also:
+            data = replace(config.data, root=also, holdout=[], holdout_fraction=0.0)
+            files, _ = build_file_lists(data)
+            self.also = self._held(config, files)
+        log.info(f"decoding {study.pool.windows} windows of {len(train)} files")
+        self.pool = Pool.decoded(
+            config.data, train, study.pool, self.device, self.teacher
+        )
+        self.student: Student | None = None
+        self.built_by = ""
+        self.judge: TAEHV | None = None
+        self.step_seconds: dict[str, float] = {}
+
+    def _held(self, config: Config, files: Any) -> Held:
+        clips = self.study.clips
+        batches = validation_batches(config.data, files, range(clips), clips, BATCH)
+        whole = [self._on_device(b) for b in batches if len(b.frames_NTHWC)]
+        if not whole:
+            raise UserError("no clip of held-out files: name some in data.holdout")
+        return Held(whole)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        frames_NTHWC = batch.frames_NTHWC.to(self.device)
+        batch = replace(batch, frames_NTHWC=frames_NTHWC)
+        if self.teacher is None:
+            return batch
+        latents_NTCHW = self.teacher.encode(
+            to_frames(batch, self.device), batch.numbers
+        )
+        return replace(batch, latents_NTCHW=latents_NTCHW)
+
+    def train(self, task: Task) -> Record:
+        """Train an arm for its time; returns what it found."""
+        training, seconds = task.config.training, self._step_seconds(task.config)
+        if task.seconds:
+            training = replace(training, steps=max(2, round(task.seconds / seconds)))
+        student = self._begun(replace(task.config, training=training))
+        before = self._also(student)
+        told = settings_told(task) | {
+            "device": self.device_name,
+            "steps": training.steps,
+            "step_ms": 1000 * seconds,
+            **self._curve(student, seconds),
+        }
+        for weights in ("raw", "ema"):
+            result = self._judged(self._judge(student, weights))
+            told[weights] = {k: e.mean for k, e in result.means.items()}
+            if result.latents is not None:
+                told[weights] |= result.latents.scalars()
+        told["also"] = {"before": before, "after": self._also(student)}
+        self._save_frames(task, result)
+        if task.keep:
+            self._save_weights(task, student)
+        log.info(
+            f"{task.stage}, {task.arm}, seed {task.seed}: {training.steps} steps of "
+            f"{1000 * seconds:.2f} ms, PSNR {told['raw']['psnr']:.2f} dB, averaged "
+            f"{told['ema']['psnr']:.2f}"
+        )
+        return told
+
+    def _curve(self, student: Student, seconds: float) -> Record:
+        """Train to the last step; returns the PSNR on the way there, and the losses."""
+        curve, found, spent = [], [], 0.0
+        for point in points(student.config.training.steps, self.study.points):
+            begin = time.perf_counter()
+            while student.steps < point:
+                found.append(self._step(student))
+            synchronize(self.device)
+            spent += time.perf_counter() - begin
+            values = {
+                weights: self._psnr(self._judge(student, weights), self.held)
+                for weights in ("raw", "ema")
+            }
+            curve.append({"seconds": point * seconds, **values})
+        return {"curve": curve, "spent": spent, **told_losses(torch.stack(found).cpu())}
+
+    def _begun(self, config: Config) -> Student:
+        """A student at the beginning of a training, compiled once for many."""
+        told = _built_by(config)
+        if self.student is not None and told and told == self.built_by:
+            self.student.restart(config)
+            self._free()
+            return self.student
+        self.student = None
+        self._free()
+        self.student, self.built_by = Student(config, self.world), told
+        # There is nothing to upload.
+        self.student.upload = functools.partial(
+            to_frames, device=self.device, dtype=self.student.exact
+        )
+        return self.student
+
+    def _free(self) -> None:
+        """Let go of the graphs of the training before, but not of compiled code."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _step(self, student: Student) -> Tensor:
+        """Train by a batch; returns the loss and whether the step was applied."""
+        config = student.config
+        size = config.training.global_batch_size
+        numbers = range(student.steps * size, (student.steps + 1) * size)
+        variant, seed = student.model.variant, config.training.seed
+        result = student(self.pool.batch(variant, config.data, seed, numbers))
+        # A list as the index would have to be copied to the device.
+        return torch.stack([result.values[i] for i in (0, len(result.names) + 1)])
+
+    def _step_seconds(self, config: Config) -> float:
+        """The time of a step of these settings."""
+        kind = dumps(replace(config, training=replace(config.training, seed=0)))
+        if kind not in self.step_seconds:
+            student = self._begun(config)
+            for _ in range(WARMUP_STEPS):
+                self._step(student)
+            synchronize(self.device)
+            begin, count = time.perf_counter(), 0
+            while count < TIMED_STEPS and time.perf_counter() - begin < TIMED_SECONDS:
+                self._step(student)
+                count += 1
+            synchronize(self.device)
+            self.step_seconds[kind] = (time.perf_counter() - begin) / count
+        return self.step_seconds[kind]
+
+    # --- judging -------------------------------------------------------------------
+
+    def _judge(self, student: Student, weights: str) -> TAEHV:
+        """The student's averaged or raw weights in a model of its own."""
+        config, sources = student.config, student.step.ema.weights
+        if weights == "raw":
+            sources = dict(student.model.named_parameters())
+        if self.judge is None or self.judge.variant_name != config.model.variant:
+            dtype = compute_dtype(config.training.precision, self.device)
+            self.judge = TAEHV(config.model.variant).to(self.device, dtype).eval()
+        for name, weight in sources.items():
+            self.judge.get_parameter(name).data.copy_(full(weight.detach()))
+        return self.judge
+
+    @torch.no_grad()
+    def _psnr(self, judge: TAEHV, held: Held) -> float:
+        """Mean over clips, of the judge's own latents."""
+        found = []
+        dtype = next(judge.parameters()).dtype
+        for frames_NTCHW in held.frames:
+            latents_NTCHW = judge.encode_video(frames_NTCHW.to(dtype))
+            decoded_NTCHW = judge.decode_video(latents_NTCHW).float()
+            found += map(clip_psnr, frames_NTCHW, decoded_NTCHW)
+        return statistics.mean(found)
+
+    def _also(self, student: Student) -> float | None:
+        """What the averaged weights make of the other videos, if there are any."""
+        if self.also is None:
+            return None
+        return self._psnr(self._judge(student, "ema"), self.also)
+
+    def _judged(self, judge: TAEHV) -> ValidationResult:
+        result = validate(
+            judge,
+            None,
+            self.held.batches,
+            self.device,
+            StopSignal(),
+            is_taught=self.teacher is not None,
+        )
+        assert result is not None  # there are clips
+        return result
+
+    def _save_frames(self, task: Task, result: ValidationResult) -> None:
+        pairs = [clip[:2] for clip in result.pictures]
+        shown = np.linspace(0, len(pairs[0][0]) - 1, SHOWN_FRAMES).round().astype(int)
+        frames, decoded = (
+            np.stack([to_uint8(clip[shown]) for clip in clips])
+            for clips in zip(*pairs, strict=True)
+        )
+        path = self.results.frames(task.key)
+        path.parent.mkdir(exist_ok=True)
+        np.savez_compressed(path, input=frames, decoded=decoded)
+
+    def _save_weights(self, task: Task, student: Student) -> None:
+        weights = {k: full(v).cpu() for k, v in student.step.ema.weights.items()}
+        about = {"variant": task.config.model.variant, "recipe": task.arm}
+        name = re.sub(r"[^\w.-]+", "-", f"{task.stage} {task.arm} {task.seed}")
+        save_weights(
+            self.results.folder / "weights" / f"{name}.safetensors", weights, about
+        )
+
+
+def _built_by(config: Config) -> str:
+    """The settings that a student's model is built by; empty if it serves once."""
+    if config.seraena.enable:
+        return ""
+    training = replace(
+        Config().training,
+        precision=config.training.precision,
+        activation_checkpointing=config.training.activation_checkpointing,
+    )
+    model = replace(config.model, checkpoint="", initialization="he")
+    return dumps(Config(model=model, compile=config.compile, training=training))
+
+
+def points(steps: int, count: int) -> list[int]:
+    """Steps at which a curve has its points: the first 0, and close at the start."""
+    return [round(steps * (i / count) ** 2) for i in range(count + 1)]
+
+
+def told_losses(values_S2: Tensor) -> Record:
+    """The loss at both ends, and how many steps were skipped.
+
+    Args:
+        values_S2: of each step the loss, and 1 if it was applied or 0.
+    """
+    losses, applied = values_S2.double().T
+    part = max(1, len(losses) // 20)
+    return {
+        "first_loss": losses[:part].mean().item(),
+        "last_loss": losses[-part:].mean().item(),
+        "skipped": int((applied == 0).sum()),
+    }

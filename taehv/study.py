@@ -1,0 +1,387 @@
+"""A study of training recipes: what is compared, what was found, how it is shown."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli
+import torch
+from PIL import Image
+
+from taehv.cache import check_fit
+from taehv.config import Config, dumps, load_config
+from taehv.errors import UserError
+from taehv.metrics import Estimate, estimate
+from taehv.pool import PoolSize
+from taehv.variants import VARIANTS
+from taehv.visualize import picture_strip
+
+Settings = dict[str, Any]
+Record = dict[str, Any]
+BySeed = Mapping[int, Record]
+ByArm = Mapping[str, BySeed]
+COLUMNS = {
+    "psnr": "PSNR",
+    "difference_psnr": "PSNR of changes",
+    "ssim": "SSIM",
+    "fine_detail": "fine detail",
+    "flicker": "flicker",
+    "decoder_psnr": "PSNR, teacher's latents",
+    "latent_correlation": "latent correlation",
+}
+"""Measures in the table of a stage, where there are any."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training: an arm with a seed."""
+
+    stage: str
+    arm: str
+    seed: int
+    seconds: float
+    """Of training; 0 where the steps are given."""
+    keep: bool
+    """Whether the weights are."""
+    config: Config
+    key: str
+    """Names all that the result depends on, but for the machine."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Arms that are compared at equal time, or at equal steps."""
+
+    name: str
+    seconds: float = 0.0
+    steps: int = 0
+    arms: list[str] = field(default_factory=list)
+    """All if there are none."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    keep: bool = False
+    against: str = ""
+    """Another stage, whose baseline this one's arms are compared with."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Stages in the order in which they are trained, and the settings of each arm."""
+
+    baseline: str
+    pool: PoolSize
+    clips: int
+    """Held-out ones."""
+    points: int
+    """Of a curve."""
+    arms: dict[str, Settings]
+    stages: list[Stage]
+    common: Settings
+
+    @classmethod
+    def read(cls, path: Path, given: Settings) -> Study:
+        """Read a study's file; see docs/recipe.md.
+
+        Args:
+            path: TOML.
+            given: settings of all arms, over those of the file.
+
+        Raises:
+            UserError: it cannot be read, or something in it is unknown.
+        """
+        try:
+            tree = tomli.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+            raise UserError(f"--study {path}: {error}") from None
+        try:
+            common = {**_flat(tree.pop("common", {})), **given}
+            arms = _arms(tree.pop("arms"), common)
+            stages = [Stage(**stage) for stage in tree.pop("stages")]
+            study = cls(
+                pool=PoolSize(**tree.pop("pool")),
+                arms=arms,
+                stages=stages,
+                common=common,
+                **tree,
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"--study {path}: wrong or missing: {error}") from None
+        for name in [study.baseline, *itertools.chain(*(s.arms for s in stages))]:
+            if name not in arms:
+                raise UserError(f"--study {path}: no arm {name!r} among {list(arms)}")
+        for task in study.tasks:
+            variant = VARIANTS[task.config.model.variant]
+            check_fit(variant, task.config.data, study.pool.shape)
+            if task.config.teacher != study.config().teacher:
+                raise UserError(
+                    f"--study {path}: all arms have the teacher of [common]"
+                )
+        return study
+
+    def config(self, arm: str | None = None, **more: Any) -> Config:
+        """Settings of an arm, or those that all share."""
+        settings = {**(self.arms[arm] if arm else self.common), **more}
+        return load_config([f"--{k}={_text(v)}" for k, v in settings.items()], 1)
+
+    def of_stages(self, names: Sequence[str] | None) -> Study:
+        """The same with some stages alone.
+
+        Raises:
+            UserError: there is no such stage.
+        """
+        if names is None:
+            return self
+        known = {stage.name: stage for stage in self.stages}
+        for name in names:
+            if name not in known:
+                raise UserError(f"--stages: no stage {name!r} among {list(known)}")
+        return replace(self, stages=[known[name] for name in names])
+
+    @functools.cached_property
+    def tasks(self) -> list[Task]:
+        """All trainings in their order: of a stage, every arm before the next seed."""
+        found = []
+        for stage in self.stages:
+            for seed, arm in itertools.product(stage.seeds, stage.arms or self.arms):
+                more: Settings = {"training.seed": seed}
+                if stage.steps:
+                    more["training.steps"] = stage.steps
+                config = self.config(arm, **more)
+                seconds = 0.0 if stage.steps else stage.seconds
+                # Whatever a curve and its measures are of is part of the key.
+                told = f"{stage.name} {seconds} {self.pool} {self.clips} {self.points}"
+                key = hashlib.sha256(f"{told} {dumps(config)}".encode()).hexdigest()[
+                    :16
+                ]
+                task = Task(stage.name, arm, seed, seconds, stage.keep, config, key)
+                found.append(task)
+        return found
+
+
+def _arms(listed: Sequence[Settings], common: Settings) -> dict[str, Settings]:
+    arms: dict[str, Settings] = {}
+    for arm in listed:
+        settings = {k: v for k, v in arm.items() if k not in ("name", "of")}
+        base = arms[arm["of"]] if "of" in arm else common
+        arms[arm["name"]] = {**base, **_flat(settings)}
+    return arms
+
+
+def _flat(tree: Mapping[str, Mapping[str, Any]]) -> Settings:
+    return {
+        f"{s}.{name}": v for s, values in tree.items() for name, v in values.items()
+    }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+class Results:
+    """What trainings found, a line of JSON each, in a folder with their pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "results.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> dict[str, Record]:
+        """By the keys of their tasks."""
+        if not self.path.exists():
+            return {}
+        records = map(_parsed, self.path.read_text(encoding="utf-8").splitlines())
+        return {record["key"]: record for record in records if record}
+
+    def add(self, record: Record) -> None:
+        """Append, at once, so that an interruption and other processes cost nothing."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(record)}\n")
+
+    def frames(self, key: str) -> Path:
+        """Where pictures of a task's reconstructions lie."""
+        return self.folder / "frames" / f"{key}.npz"
+
+
+def _parsed(line: str) -> Record | None:
+    """None for a line that was cut off, whose training is done again."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+# --- what it shows -----------------------------------------------------------------
+
+
+def write_report(study: Study, results: Results) -> str:
+    """Write recipe.md and its pictures into the folder, and return the text."""
+    found, parts = results.read(), []
+    done = [task for task in study.tasks if task.key in found]
+    every: dict[str, dict[str, dict[int, Record]]] = {s.name: {} for s in study.stages}
+    for task in done:
+        every[task.stage].setdefault(task.arm, {})[task.seed] = found[task.key]
+    for stage in study.stages:
+        if by_arm := every[stage.name]:
+            tasks = [task for task in done if task.stage == stage.name]
+            base = every[stage.against or stage.name].get(study.baseline, {})
+            parts.append(_stage_text(study, stage, by_arm, base))
+            _draw_curves(by_arm, results.folder / f"curves-{stage.name}.png")
+            _draw_crops(tasks, results, results.folder / f"crops-{stage.name}.png")
+    text = "\n".join(parts)
+    (results.folder / "recipe.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _stage_text(study: Study, stage: Stage, by_arm: ByArm, base: BySeed) -> str:
+    length = f"{stage.steps} steps" if stage.steps else f"{stage.seconds:g} s"
+    devices = {r["device"] for records in by_arm.values() for r in records.values()}
+    rows = [_row(arm, records, base) for arm, records in by_arm.items()]
+    names = [name for name in rows[0] if any(row.get(name) for row in rows)]
+    lines = [
+        names,
+        ["---"] * len(names),
+        *([r.get(n, "") for n in names] for r in rows),
+    ]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    arms = "\n".join(f"- {arm}: {_changed(study, arm)}" for arm in by_arm)
+    return (
+        f"## {stage.name}: {length} of training on {', '.join(sorted(devices))}\n\n"
+        f"{table}\n\n![Curves](curves-{stage.name}.png)\n\n"
+        f"![Held-out clips](crops-{stage.name}.png)\n\n{arms}\n"
+    )
+
+
+def _changed(study: Study, arm: str) -> str:
+    """By what an arm differs from the common settings."""
+    listed = [
+        f"`{key} = {json.dumps(value)}`"
+        for key, value in study.arms[arm].items()
+        if study.common.get(key) != value
+    ]
+    return ", ".join(listed) or "the common settings"
+
+
+def _row(arm: str, records: BySeed, base: BySeed) -> dict[str, str]:
+    row = {
+        "arm": arm,
+        "seeds": str(len(records)),
+        "steps": f"{statistics.mean(r['steps'] for r in records.values()):.0f}",
+        "ms": f"{statistics.mean(r['step_ms'] for r in records.values()):.2f}",
+    }
+    for weights, prefix in (("ema", ""), ("raw", "raw ")):
+        for name, title in COLUMNS.items() if weights == "ema" else [("psnr", "PSNR")]:
+            values = [r[weights][name] for r in records.values() if name in r[weights]]
+            row[prefix + title] = _told(estimate(values)) if values else ""
+        if weights == "ema" and base:
+            shared = records.keys() & base.keys() if records != base else []
+            gains = [records[s]["ema"]["psnr"] - base[s]["ema"]["psnr"] for s in shared]
+            row["gain"] = _told(estimate(gains), "+") if gains else ""
+            row["as the baseline after"] = _reached(records, base)
+    for key, title in (("before", "also before"), ("after", "also after")):
+        values = [r["also"][key] for r in records.values() if r["also"][key]]
+        row[title] = _told(estimate(values)) if values else ""
+    row["skipped"] = str(sum(r["skipped"] for r in records.values()))
+    losses = [(r["first_loss"], r["last_loss"]) for r in records.values()]
+    row["loss"] = f"{_mean(losses, 0):.4f} to {_mean(losses, 1):.4f}"
+    row["diverged"] = "yes" if any(diverged(r) for r in records.values()) else "no"
+    return row
+
+
+def _mean(pairs: Sequence[tuple[float, float]], place: int) -> float:
+    return statistics.mean(pair[place] for pair in pairs)
+
+
+def diverged(record: Mapping[str, Any]) -> bool:
+    """Whether a training ended with a loss that is not finite, or no lower than first.
+
+    Steps that were skipped are told apart.
+    """
+    last = record["last_loss"]
+    return not (math.isfinite(last) and last < record["first_loss"])
+
+
+def _told(value: Estimate, sign: str = "") -> str:
+    digits = 2 if abs(value.mean) >= 1 else 3
+    text = f"{value.mean:{sign}.{digits}f}"
+    if value.clips > 1:
+        text += f" ± {value.high - value.mean:.{digits}f}"
+    return text
+
+
+def _reached(records: Mapping[int, Any], base: Mapping[int, Any]) -> str:
+    """When the mean curve first has the baseline's PSNR at the end."""
+    goal = statistics.mean(record["ema"]["psnr"] for record in base.values())
+    seconds = reached(mean_curve(list(records.values()), "ema"), goal)
+    return "never" if seconds is None else f"{seconds:.1f} s"
+
+
+def mean_curve(
+    records: Sequence[Mapping[str, Any]], weights: str
+) -> list[tuple[float, float]]:
+    """Seconds and PSNR, the means over seeds of each point."""
+    points = zip(*(record["curve"] for record in records), strict=True)
+    return [
+        (
+            statistics.mean(p["seconds"] for p in point),
+            statistics.mean(p[weights] for p in point),
+        )
+        for point in points
+    ]
+
+
+def reached(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
+    """The seconds at which a curve first has a value, by straight lines; or None."""
+    if curve[0][1] >= goal:
+        return curve[0][0]
+    for (t0, low), (t1, high) in itertools.pairwise(curve):
+        if high >= goal:
+            return t0 + (t1 - t0) * (goal - low) / (high - low)
+    return None
+
+
+def _draw_curves(by_arm: ByArm, path: Path) -> None:
+    from matplotlib.figure import Figure  # takes a second
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    for number, (arm, records) in enumerate(by_arm.items()):
+        style = "-" if number < 10 else "--"  # matplotlib has ten colours
+        seconds, values = zip(*mean_curve(list(records.values()), "ema"), strict=True)
+        axes.plot(seconds, values, style, color=f"C{number % 10}", label=arm)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("PSNR of averaged weights on held-out clips, dB")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_crops(tasks: Sequence[Task], results: Results, path: Path) -> None:
+    """The same frames in and out of every arm, of its first seed that has them."""
+    shown: dict[str, np.ndarray] = {}
+    for task in tasks:
+        file = results.frames(task.key)
+        if task.arm not in shown and file.exists():
+            with np.load(file) as arrays:
+                shown.setdefault("input", arrays["input"])
+                shown[task.arm] = arrays["decoded"]
+    if shown:
+        clips = [
+            tuple(torch.from_numpy(x).movedim(-1, 1) / 255 for x in clip)
+            for clip in zip(*shown.values(), strict=True)
+        ]
+        picture = picture_strip(clips, labels=list(shown))
+        Image.fromarray(picture).save(path)
+
+
+def settings_told(task: Task) -> Record:
+    """What a record says of its task."""
+    names = ("key", "stage", "arm", "seed", "seconds")
+    return {name: getattr(task, name) for name in names}

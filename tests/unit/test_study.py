@@ -1,0 +1,253 @@
+"""Studies of recipes: what is trained, what goes on, and what is told of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from taehv import bench_recipe
+from taehv.bench import Bench
+from taehv.bench_recipe import points, told_losses
+from taehv.config import Data, Parallelism
+from taehv.distributed import started
+from taehv.errors import UserError
+from taehv.index import build_file_lists
+from taehv.measure import Report
+from taehv.pool import Pool, PoolSize
+from taehv.study import Results, Study, diverged, reached
+from taehv.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent.parent
+STUDY = """
+baseline = "plain"
+clips = 2
+points = 1
+[pool]
+windows = 6
+frames = 9
+height = 24
+width = 24
+[common.data]
+holdout = ["held*"]
+frames = 5
+height = 16
+width = 16
+workers = 0
+[common.training]
+global_batch_size = 2
+precision = "fp32"
+[[arms]]
+name = "plain"
+model.initialization = "pytorch"
+optim.betas = [0.9, 0.99]
+[[arms]]
+name = "default"
+[[arms]]
+name = "default, bad"
+of = "default"
+loss.reconstruction_weight = 1e38
+loss.temporal_weight = 1e38
+[[stages]]
+name = "first"
+steps = 3
+arms = ["plain", "default, bad", "default"]
+[[stages]]
+name = "second"
+seconds = 0.3
+arms = ["default"]
+seeds = [1]
+keep = true
+against = "first"
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_tasks_have_their_settings_and_keys(study: Path) -> None:
+    tasks = Study.read(study, {"data.root": "a"}).tasks
+    named = [(task.stage, task.arm, task.seed) for task in tasks]
+    arms = ("plain", "default, bad", "default")
+    assert named == [*(("first", arm, 0) for arm in arms), ("second", "default", 1)]
+    assert tasks[0].config.optim.betas == [0.9, 0.99]
+    assert tasks[1].config.loss.temporal_weight == 1e38
+    assert [task.config.training.steps for task in tasks[:3]] == [3] * 3
+    assert {task.config.data.root for task in tasks} == {"a"}
+    study.write_text(STUDY.replace("0.99]", "0.98]"))
+    others = Study.read(study, {"data.root": "a"}).tasks
+    same = [a.key == b.key for a, b in zip(tasks, others, strict=True)]
+    assert same == [False, True, True, True] and len({t.key for t in tasks}) == 4
+    study.write_text(STUDY.replace("windows = 6", "windows = 7"))
+    assert Study.read(study, {"data.root": "a"}).tasks[2].key != tasks[2].key
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("clips = 2", "clip = 2", "clip"),
+        ("windows = 6", "", "windows"),
+        ('of = "default"', 'of = "other"', "other"),
+        ('baseline = "plain"', 'baseline = "b"', "no arm 'b'"),
+        ("global_batch_size = 2", "batch = 2", "unknown setting"),
+        ("optim.betas = [0.9, 0.99]", "optim.lr = -1", "optim.lr = -1.0 must be"),
+        ("frames = 9", "frames = 4", "cannot be cut"),
+        ('name = "plain"', 'teacher.kind = "a:B"\nname = "plain"', "teacher of"),
+        ("[pool]", "[pool", "--study"),
+    ],
+)
+def test_mistakes_in_a_study(study: Path, old: str, new: str, told: str) -> None:
+    assert old in STUDY
+    study.write_text(STUDY.replace(old, new))
+    with pytest.raises(UserError, match=told) as raised:
+        Study.read(study, {})
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/gpu/*.toml")), ids=str)
+def test_the_studies_that_come_along_are_legal(path: Path) -> None:
+    given = {"teacher.path": "vae"} if path.stem == "taught" else {}
+    study = Study.read(path, given)
+    trained = {task.arm for task in study.tasks}
+    assert trained | {"candidate"} >= study.arms.keys()
+    for stage in study.stages:
+        assert stage.against in ("", *(other.name for other in study.stages))
+
+
+def test_when_a_curve_reaches_a_value() -> None:
+    curve = [(0.0, 10.0), (2.0, 20.0), (6.0, 24.0)]
+    found = [reached(curve, goal) for goal in (9, 15, 20, 23, 25)]
+    assert found == [0.0, 1.0, 2.0, 5.0, None]
+
+
+def test_points_of_a_curve_are_close_at_the_start() -> None:
+    assert points(400, 4) == [0, 25, 100, 225, 400]
+    assert points(2, 3) == [0, 0, 1, 2]
+
+
+def test_what_diverged() -> None:
+    values_S2 = torch.ones(100, 2)
+    values_S2[:, 0] = torch.linspace(2, 1, 100)
+    values_S2[50] = torch.tensor([torch.inf, 0])
+    told = told_losses(values_S2)
+    assert told["skipped"] == 1 and not diverged(told)
+    assert told["first_loss"] == pytest.approx(2, abs=0.05)
+    assert diverged(told_losses(values_S2.flip(0)))
+    values_S2[-1, 0] = torch.nan
+    assert diverged(told_losses(values_S2))
+
+
+def test_a_line_that_was_cut_off_costs_itself(tmp_path: Path) -> None:
+    results = Results(tmp_path / "new")
+    assert results.read() == {}
+    results.add({"key": "a", "n": 1})
+    text = results.path.read_text()
+    results.path.write_text(text + '{"key": "b", "n"')
+    results.add({"key": "c"})
+    assert results.read() == {"a": {"key": "a", "n": 1}, "c": {"key": "c"}}
+
+
+class Corners:
+    """A teacher whose latents are one pixel of each of its squares and groups."""
+
+    def encode(self, frames_NTCHW: Tensor, seeds: list[int]) -> Tensor:
+        return frames_NTCHW[:, ::4, :1, ::8, ::8].expand(-1, -1, 16, -1, -1)
+
+
+@pytest.mark.parametrize("teacher", [None, Corners()])
+def test_clips_are_cut_from_windows(videos: Path, teacher: Corners | None) -> None:
+    data = Data(root=str(videos), frames=5, height=16, width=8, workers=0)
+    files, _ = build_file_lists(data)
+    size, device = PoolSize(5, 13, 24, 32), torch.device("cpu")
+    pool = Pool.decoded(data, files, size, device, teacher)
+    assert pool.frames_WTHWC.shape == (5, 13, 24, 32, 3)
+    variant = VARIANTS["taehv"]
+    batch = pool.batch(variant, data, 3, range(40))
+    clips = {tuple(clip.flatten().tolist()) for clip in batch.frames_NTHWC}
+    assert len(clips) > 20
+    windows = pool.frames_WTHWC.unfold(1, 5, 4).unfold(2, 16, 8).unfold(3, 8, 8)
+    places = windows.movedim(4, -1).flatten(0, 3)
+    cut = {tuple(place.flatten().tolist()) for place in places}
+    assert clips <= cut
+    again = pool.batch(variant, data, 3, range(7, 9)).frames_NTHWC
+    assert torch.equal(again, batch.frames_NTHWC[7:9])
+    other = pool.batch(variant, data, 4, range(40)).frames_NTHWC
+    assert not torch.equal(other, batch.frames_NTHWC)
+    if teacher is None:
+        assert batch.latents_NTCHW is None
+        return
+    expected = batch.frames_NTHWC[:, ::4, ::8, ::8, 0].float() / 255
+    found = batch.latents_NTCHW[:, :, 0].float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert set(batch.lead_N.tolist()) == {0, 1}
+
+
+def bench(videos: Path, study: Path, output: Path, **more: object) -> str:
+    """What the command prints, on the CPU; it is quick where time is measured."""
+    options = {"root": str(videos), "study": study, "output": output, "set": None}
+    options |= {"stages": None, "also": None, "seconds_limit": None, **more}
+    printed: list[str] = []
+    with started(Parallelism(), "cpu") as world:
+        report = Report({}, None, speaks=False)
+        report.say = printed.append
+        bench_recipe.bench_recipe(Bench(argparse.Namespace(**options), world, report))
+    return "\n".join(printed)
+
+
+def test_a_study_is_trained_and_told(
+    videos: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_recipe, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(bench_recipe, "TIMED_SECONDS", 0.1)
+    output = tmp_path / "output"
+    told = bench(videos, study, output, seconds_limit=1)
+    assert told == "\n4 trainings are left: the same command goes on"
+    told = bench(videos, study, output, also=str(videos))
+    records = list(Results(output).read().values())
+    assert [r["arm"] for r in records] == ["plain", "default, bad", "default"] + [
+        "default"
+    ]
+    plain, bad, default, timed = records
+    assert bad["skipped"] == 3 and plain["skipped"] == default["skipped"] == 0
+    assert bad["curve"][0] == bad["curve"][-1] | {"seconds": 0.0}
+    assert default["curve"][-1]["raw"] == pytest.approx(default["raw"]["psnr"], abs=0.1)
+    assert timed["steps"] == max(2, round(300 / timed["step_ms"]))
+    assert default["also"]["before"] != default["also"]["after"] > 5
+    # Another call trains nothing, and tells the same.
+    assert bench(videos, study, output, also=str(videos)) == told
+    for text in (
+        "| default, bad |",
+        "yes |",
+        "`optim.betas = [0.9, 0.99]`",
+        "first: 3",
+    ):
+        assert text in told
+    names = {path.name for path in output.iterdir()}
+    assert names >= {"curves-first.png", "crops-second.png", "recipe.md"}
+    assert (output / "weights/second-default-1.safetensors").exists()
+    # Alone, and not after others, it is the same.
+    alone = study.with_name("alone.toml")
+    arms = 'arms = ["plain", "default, bad", "default"]'
+    alone.write_text(STUDY.replace(arms, 'arms = ["default"]'))
+    bench(videos, alone, tmp_path / "alone", stages=["first"])
+    (record,) = Results(tmp_path / "alone").read().values()
+    assert [p["ema"] for p in record["curve"]] == [p["ema"] for p in default["curve"]]
+    assert record["last_loss"] == default["last_loss"]
+
+
+@pytest.mark.soak
+def test_several_processes_share_a_study(
+    videos: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on several GPUs, each of which has a process."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    told = bench(videos, study, tmp_path / "output")
+    assert len(Results(tmp_path / "output").read()) == 4
+    assert "are left" not in told
