@@ -253,5 +253,8 @@ class Ema:
     @torch.no_grad()
     def update(self, share: Tensor) -> None:
         """Move by `share` (a scalar, on the weights' device) towards the weights."""
+        if not share.is_cuda:  # in one pass, where the number can be had
+            torch._foreach_lerp_(self._averages, self._sources, share.item())
+            return
         torch._foreach_mul_(self._averages, 1 - share)
         torch._foreach_add_(self._averages, torch._foreach_mul(self._sources, share))
