@@ -278,14 +278,15 @@ class Checkpointer:
         Raises:
             UserError: too many saves in a row have failed.
         """
-        begun = time.monotonic()
+        before = time.monotonic()
         if self._pending is not None and self._pending.times_late:
             self._check_late()  # training does not wait for it any longer
         else:
             self.wait()
         if self._pending is not None:
             return
-        waited = time.monotonic() - begun
+        begun = time.monotonic()
+        waited = begun - before
         if waited > LONG_WAIT and self._is_main:
             log.warning(
                 f"step {step} waited {waited:.0f} s for the save before it: raise "
@@ -336,9 +337,11 @@ class Checkpointer:
 
     def wait(self) -> None:
         """As `poll`, once the save is done or too late, and so failed (collective)."""
-        if self._pending is not None:
-            left = self._pending.deadline - time.monotonic()
-            concurrent.futures.wait([self._pending.done], max(0.0, left))
+        pending, begun = self._pending, time.monotonic()
+        if pending is not None:
+            left = pending.deadline - begun
+            concurrent.futures.wait([pending.done], max(0.0, left))
+            pending.blocked += time.monotonic() - begun
             self._check_late()
 
     def _check_late(self) -> None:

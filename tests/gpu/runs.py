@@ -21,6 +21,10 @@ OFFLOAD = {**FSDP, "parallelism.cpu_offload": "true"}
 EAGER = {"compile.enable": "false"}
 
 
+class Failed(Exception):
+    """A run that did not come to its end."""
+
+
 @dataclass
 class Form:
     """One way to train: its name, processes and settings."""
@@ -129,10 +133,14 @@ class Runs:
         )
 
     def finish(self, form: Form, process: subprocess.Popen[str]) -> str:
-        """Wait for a run; a failure ends the check."""
+        """Wait for a run.
+
+        Raises:
+            Failed: with what it printed last.
+        """
         output, _ = process.communicate()
         if process.returncode:
-            sys.exit(f"{form.name} failed:\n{output}")
+            raise Failed(f"{form.name} failed:\n{output[-3000:]}")
         return output
 
     def losses(self, name: str) -> list[float]:

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 import torch
-from runs import FLAGSHIP, FSDP, OFFLOAD, ROOT, Form, Runs, wait_for
+from runs import FLAGSHIP, FSDP, OFFLOAD, ROOT, Failed, Form, Runs, wait_for
 
 from taehv.benchmark import about
 from taehv.measure import Report
@@ -303,7 +303,10 @@ def main() -> None:
         )
         for part in PARTS:
             if options.only in (None, part):
-                getattr(scaling, part)()
+                try:
+                    getattr(scaling, part)()
+                except Failed as failure:
+                    scaling.failures.append(f"{part}: {failure}")
     if scaling.failures:
         sys.exit("\n".join(scaling.failures))
 

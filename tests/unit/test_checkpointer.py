@@ -95,6 +95,24 @@ def test_synchronous_saves_are_done_when_they_return(tmp_path: Path) -> None:
     assert checkpointer.steps() == [1] and checkpointer.saved_step == 1
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_what_a_save_holds_up_is_counted_as_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """The wait for a save that is not done when the next is due, or for every one."""
+    saved: list[Saved] = []
+    settings = Checkpoint(asynchronous=asynchronous)
+    checkpointer = Checkpointer(Folder(tmp_path), settings, saved.append)
+    gate = Gate(monkeypatch)
+    threading.Timer(0.5, gate.opened.set).start()
+    for step in (1, 2):
+        checkpointer.save(step, tensors(step), {})
+    checkpointer.poll()
+    checkpointer.wait()
+    first, second = (s.blocked_ms for s in saved)
+    assert first > 400 > second
+
+
 def test_leaving_waits_for_the_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
