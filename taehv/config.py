@@ -95,8 +95,8 @@ class Shape(NamedTuple):
 @dataclass
 class Data:
     root: str = ""
-    """Folder of videos, searched recursively, or a glob of such ("/data/*/good");
-    relative paths start here."""
+    """Folder of videos, searched recursively, or a glob of such ("/data/*/good"), or
+    either as a URL for fsspec ("s3://bucket/videos"); relative paths start here."""
     annotations: str = ""
     """Optional list of the videos to use: annotation .json, .jsonl or .csv, or .txt
     with a path a line; empty takes every video under root."""

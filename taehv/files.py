@@ -21,6 +21,7 @@ import numpy as np
 
 from taehv.config import Data
 from taehv.errors import UserError
+from taehv.urls import fixed_part, is_url, read_bytes, search
 from taehv.video import IMAGE_SUFFIXES
 
 log = logging.getLogger("taehv")
@@ -102,8 +103,9 @@ class FileList:
         return len(self._ends) - 1 if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, i: int) -> str:
-        """Full path of file i."""
-        return os.path.join(self.base, self.relative(i))
+        """Full path of file i, or its URL."""
+        path = self.relative(i)
+        return path if is_url(path) else os.path.join(self.base, path)
 
     def relative(self, i: int) -> str:
         """Path of file i relative to the base; absolute if it lies elsewhere."""
@@ -207,7 +209,7 @@ def _mapped(array: np.ndarray, folder: str) -> np.ndarray:
 class Source:
     """Where videos are listed: a folder or glob, or a list and what it is relative to.
 
-    Paths are absolute; either may be empty, but not both.
+    Paths are absolute, or URLs that fsspec knows; either may be empty, but not both.
     """
 
     root: str
@@ -225,6 +227,8 @@ class Source:
         """What the paths of its files are relative to."""
         if not self.root:
             return os.path.dirname(self.annotations)
+        if is_url(self.root):
+            return fixed_part(self.root)
         parts = Path(self.root).parts
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), parts)
         return self.root if os.path.isdir(self.root) else os.path.join(*fixed)
@@ -236,21 +240,25 @@ class Source:
         missing one is found when it is decoded. Raises UserError for a missing or
         empty folder and for a list or annotation that cannot be read.
         """
-        suffixes = VIDEO_SUFFIXES + (IMAGE_SUFFIXES if images else ())
-        is_folder = os.path.isdir(self.root)
-        if self.root and not is_folder and not glob.has_magic(self.root):
-            raise UserError(f"data.root = {self.root} is no folder: correct the path")
-        if self.annotations:
-            paths: Iterable[str] = _listed(self.annotations)
-        else:
-            roots = [self.root] if is_folder else glob.iglob(self.root, recursive=True)
-            paths = (path for root in roots for path in _walk(root, suffixes))
         base = self.base
-        files = FileList.from_paths(base, (relative_path(path, base) for path in paths))
+        found = self._found(VIDEO_SUFFIXES + (IMAGE_SUFFIXES if images else ()))
+        files = FileList.from_paths(base, (relative_path(path, base) for path in found))
         if not len(files):
             place = self.annotations or f"data.root = {self.root}"
             raise UserError(f"{place} holds no videos: add some or correct the path")
         return files
+
+    def _found(self, suffixes: tuple[str, ...]) -> Iterable[str]:
+        is_folder = os.path.isdir(self.root)
+        is_pattern = glob.has_magic(self.root)
+        if self.root and not (is_folder or is_pattern or is_url(self.root)):
+            raise UserError(f"data.root = {self.root} is no folder: correct the path")
+        if self.annotations:
+            return _listed(self.annotations)
+        if is_url(self.root):
+            return search(self.root, suffixes)
+        roots = [self.root] if is_folder else glob.iglob(self.root, recursive=True)
+        return (path for root in roots for path in _walk(root, suffixes))
 
 
 def sources_of(data: Data) -> list[Source]:
@@ -268,11 +276,17 @@ def _is_list(place: str) -> bool:
 
 
 def _absolute(path: str) -> str:
+    if is_url(path):
+        return path.rstrip("/")
     return os.path.abspath(os.path.expanduser(path)) if path else ""
 
 
 def relative_path(path: str, base: str) -> str:
     """Relative to base where it lies below it, so that machines agree."""
+    if is_url(path):
+        return path.removeprefix(os.path.join(base, ""))
+    if is_url(base):
+        return os.path.normpath(os.path.expanduser(path))
     full = os.path.normpath(os.path.join(base, os.path.expanduser(path)))
     inside = full.startswith(os.path.join(base, ""))
     return os.path.relpath(full, base) if inside else full
@@ -293,7 +307,8 @@ def _walk(root: str, suffixes: tuple[str, ...]) -> Iterator[str]:
 
 def _listed(path: str) -> list[str]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = read_bytes(path) if is_url(path) else Path(path).read_bytes()
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"data.annotations = {path} cannot be read ({error}): name a .json, .jsonl "

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from taehv.config import Config, Data
 from taehv.errors import UserError
 from taehv.files import FileList, Files, Source, sources_of, split_all
+from taehv.urls import is_url, stamp
 from taehv.video import VideoError, is_image, probe
 
 log = logging.getLogger("taehv")
@@ -170,12 +170,12 @@ def _folder(data: Data, source: Source) -> Path:
 
 def _identity(source: Source, images: bool) -> dict[str, Any]:
     """What an index was made of; a list that was written since makes it another."""
-    listed = os.stat(source.annotations) if source.annotations else None
+    listed = _stamp(source.annotations) if source.annotations else None
     return {
         "format": FORMAT,
         **asdict(source),
         "images": images,
-        "listed": [listed.st_size, listed.st_mtime_ns] if listed else None,
+        "listed": list(listed) if listed else None,
     }
 
 
@@ -321,17 +321,27 @@ def _probe_chunk(place: str, base: str, start: int) -> list[tuple[np.void, str]]
 def _probe_file(index: Index, i: int) -> tuple[np.void, str]:
     path, row = index.files[i], index.table[i].copy()
     try:
-        status = os.stat(path)
+        size, modified = _stamp(path)
     except OSError as error:
         row["status"], row["size"] = BAD, 0
         return row, error.strerror or "cannot be read"
-    same = row["size"] == status.st_size and row["modified"] == status.st_mtime_ns
+    same = row["size"] == size and row["modified"] == modified
     if row["status"] != UNKNOWN and same:
         return row, index.reason(i) if row["status"] == BAD else ""
-    row["size"], row["modified"] = status.st_size, status.st_mtime_ns
-    reason = "is no file" if not stat.S_ISREG(status.st_mode) else _describe(path, row)
+    row["size"], row["modified"] = size, modified
+    # What waits for a writer, such as a pipe, would never end.
+    is_plain = is_url(path) or os.path.isfile(path)
+    reason = _describe(path, row) if is_plain else "is no file"
     row["status"] = BAD if reason else GOOD
     return row, reason
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """Size in bytes of a file or URL, and a number that changes when it is written."""
+    if is_url(path):
+        return stamp(path)
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def _describe(path: str, row: np.void) -> str:

@@ -21,6 +21,7 @@ from taehv.errors import UserError
 from taehv.files import FileList, sources_of
 from taehv.index import list_files
 from taehv.loader import worker_count
+from taehv.urls import is_url
 from taehv.video import VideoError, is_image, reencode
 
 log = logging.getLogger("taehv")
@@ -60,6 +61,8 @@ class Copier:
 
 
 def _is_newer(target: str, path: str) -> bool:
+    if is_url(path):  # which may not tell when it was written
+        return os.path.exists(target)
     with suppress(FileNotFoundError):
         return os.stat(target).st_mtime_ns >= os.stat(path).st_mtime_ns
     return False
@@ -96,6 +99,8 @@ def proxy_command(config: Config) -> None:
 def _copier(config: Config) -> Copier:
     if not config.proxy.folder:
         raise UserError("proxy.folder is empty: name the folder for the copies")
+    if is_url(config.proxy.folder):
+        raise UserError("proxy.folder is a URL: name a folder of this machine")
     if len(config.data.sources) > 1:
         raise UserError("proxy copies one data set at a time: name it by data.root")
     folder = os.path.abspath(os.path.expanduser(config.proxy.folder))
@@ -104,7 +109,7 @@ def _copier(config: Config) -> Copier:
     if folder == files.base:
         raise UserError("proxy.folder is data.root: name another folder")
     for i in range(len(files)):
-        if os.path.isabs(files.relative(i)):
+        if os.path.isabs(files.relative(i)) or is_url(files.relative(i)):
             raise UserError(
                 f"{files[i]} does not lie under {files.base}, so that its copy has no "
                 "place: set data.root to a folder that holds all videos"

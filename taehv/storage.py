@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem
 
 from taehv.errors import UserError
+from taehv.urls import file_system, is_url
 
 MANIFEST = "manifest.json"
 """Size and SHA-256 of every other file of a folder; written last, so that a folder
@@ -40,13 +40,10 @@ class Folder:
 
     def __init__(self, location: str | os.PathLike[str]) -> None:
         self.name = os.fspath(location)
-        if "://" not in self.name:
-            self.files, self.path = LocalFileSystem(), os.path.expanduser(self.name)
+        if is_url(self.name):
+            self.files, self.path = file_system(self.name)
         else:
-            try:
-                self.files, self.path = url_to_fs(self.name)
-            except (ImportError, ValueError) as error:
-                raise UserError(f"cannot reach {self.name}: {error}") from None
+            self.files, self.path = LocalFileSystem(), os.path.expanduser(self.name)
         self.is_local = isinstance(self.files, LocalFileSystem)
 
     def __truediv__(self, name: str) -> Folder:

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
@@ -25,6 +25,8 @@ from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
+
+from taehv.urls import UrlError, UrlReader, is_url
 
 log = logging.getLogger("taehv")
 
@@ -415,7 +417,8 @@ class _Sound:
 
     def __init__(self, path: str, output: OutputContainer) -> None:
         self._output = output
-        self._input = av.open(path, metadata_errors="ignore")
+        self._open = ExitStack()
+        self._input = self._open.enter_context(_container(path))
         self._start = Fraction(self._input.start_time or 0, av.time_base)
         self._tracks = {}
         for track in self._input.streams.audio:
@@ -450,7 +453,7 @@ class _Sound:
 
     def close(self) -> None:
         """Close the file that is read."""
-        self._input.close()
+        self._open.close()
 
 
 def reencode(
@@ -586,20 +589,33 @@ def write_mp4(
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    try:
-        container = av.open(path, metadata_errors="ignore")
-    except av.FFmpegError as error:
-        raise VideoError(f"{path}: {error.strerror}") from error
-    with container:
-        stream = container.streams.best("video")
-        if stream is None or stream.codec_context is None:
-            raise VideoError(f"{path} has no video stream that can be decoded")
-        stream.thread_type = "NONE"
+def _container(path: str) -> Iterator[InputContainer]:
+    """A file, or what lies under a URL."""
+    if not is_url(path):
+        with av.open(path, metadata_errors="ignore") as container:
+            yield container
+        return
+    with closing(UrlReader(path)) as reader:
         try:
+            with av.open(reader, metadata_errors="ignore") as container:
+                yield container
+        finally:
+            reader.check()
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    kind = VideoError
+    try:
+        with _container(path) as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise VideoError(f"{path} has no video stream that can be decoded")
+            stream.thread_type = "NONE"
+            kind = _Gap
             yield container, stream
-        except av.FFmpegError as error:
-            raise _Gap(f"{path}: {error.strerror}") from error
+    except (av.FFmpegError, UrlError) as error:
+        raise kind(f"{path}: {error.strerror}") from error
 
 
 def _extent(container: InputContainer, stream: VideoStream) -> tuple[int, int | None]:
