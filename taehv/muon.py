@@ -79,7 +79,7 @@ class Muon:
         parts = [matrix.part for matrix in self.matrices]
         momenta = [matrix.momentum for matrix in self.matrices]
         # What is not finite would remain so times zero.
-        gradients = [torch.where(is_good, part.grad, 0) for part in parts]
+        gradients = [part.grad.nan_to_num(0, 0, 0) for part in parts]
         torch._foreach_div_(gradients, divisor.to(parts[0].dtype))
         share = (1 - MOMENTUM) * is_good.to(divisor)
         torch._foreach_mul_(momenta, 1 - share)

@@ -130,7 +130,7 @@ class Optimizer:
         is_good = norm.isfinite() & loss.to(norm.device).isfinite()
         if self.spike_factor:
             is_good = _on_all(is_good & ~self._is_spike(norm))
-        divisor = torch.where(is_good, norm / self.max_grad_norm, 1).clamp_min(1)
+        divisor = (norm / self.max_grad_norm).clamp_min(1).nan_to_num(1, 1)
         for scale, rate in self._rates.items():
             rate.copy_(self.lr * scale)
         # The fused kernel divides by the one, and does nothing where the other is set.
