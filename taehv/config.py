@@ -10,11 +10,13 @@ import argparse
 import ast
 import difflib
 import functools
+import glob
 import inspect
 import itertools
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -893,6 +895,53 @@ def _check_mesh(parallelism: Parallelism, world_size: int) -> None:
         )
 
 
+def check_paths(config: Config) -> None:
+    """Reject settings that name what is not on this machine, where it should be."""
+    if config.data.cache:
+        _check_folder("data.cache", config.data.cache)
+    else:
+        _check_videos(config.data)
+    resumed = config.checkpoint.resume_from
+    if isinstance(resumed, str):
+        _check_folder("checkpoint.resume_from", resumed)
+    # A run that goes on needs no others, and where its own lie may be elsewhere.
+    if not (config.checkpoint.folder or (config.job.folder / "checkpoints").exists()):
+        _check_there("model.checkpoint", config.model.checkpoint)
+    _check_there("validation.lpips", config.validation.lpips)
+    path = config.teacher.path
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path)
+    if config.teacher.kind in FRAME_RULES and not is_hub_id:
+        _check_folder("teacher.path", path)
+
+
+def _check_videos(data: Data) -> None:
+    if not (data.root or data.annotations or data.sources):
+        raise UserError("data.root is empty: set it to the folder of the videos")
+    _check_there("data.annotations", data.annotations)
+    for key, places in {"root": [data.root], "sources": data.sources}.items():
+        for place in places:
+            pattern = str(Path(place).expanduser())
+            if _is_elsewhere(place) or not glob.has_magic(place):
+                _check_there(f"data.{key}", place)
+            elif next(glob.iglob(pattern, recursive=True), None) is None:
+                raise UserError(f"data.{key}: nothing is like {place}: correct it")
+
+
+def _is_elsewhere(path: str) -> bool:
+    """Whether it is a URL, or nothing."""
+    return not path or "://" in path
+
+
+def _check_folder(key: str, path: str) -> None:
+    if not _is_elsewhere(path) and not Path(path).expanduser().is_dir():
+        raise UserError(f"{key} = {path} is no folder: correct the path")
+
+
+def _check_there(key: str, path: str) -> None:
+    if not _is_elsewhere(path) and not Path(path).expanduser().exists():
+        raise UserError(f"{key} = {path} is not there: correct the path")
+
+
 # --- reading -----------------------------------------------------------------------
 
 
@@ -1093,8 +1142,11 @@ def _docs(section: type) -> dict[str, str]:
 
 
 def main() -> None:
-    """Say what is wrong with a command line, before torchrun starts any process."""
-    load_config(sys.argv[1:])
+    """Say what is wrong with a command line, before torchrun starts any process.
+
+    Else each process would say it, and torchrun add a page of its own.
+    """
+    check_paths(load_config(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 
 import taehv.config
-from taehv.config import INDIFFERENT, LIMITS, Config, changes, dumps, load_config
+from taehv.config import (
+    INDIFFERENT,
+    LIMITS,
+    Config,
+    changes,
+    check_paths,
+    dumps,
+    load_config,
+)
 from taehv.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -592,9 +600,69 @@ def test_a_mistake_ends_with_code_2_and_one_line() -> None:
     assert done.returncode == 2 and "the 4 clips" in done.stderr
 
 
-def test_a_good_command_line_ends_silently() -> None:
-    done = program("--optim.lr=1")
+def test_a_good_command_line_ends_silently(tmp_path: Path) -> None:
+    done = program("--optim.lr=1", f"--data.root={tmp_path}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("told", "settings"),
+    [
+        ("data.root is empty", {"data.root": ""}),
+        ("data.root = {none} is not there", {"data.root": "{none}"}),
+        ("data.root: nothing is like {none}/*", {"data.root": "{none}/*"}),
+        (
+            "data.sources = {none}.txt is not",
+            {"data.sources": "{there},{none}.txt", "data.root": ""},
+        ),
+        ("data.annotations = {none} is not", {"data.annotations": "{none}"}),
+        ("data.cache = {none} is no folder", {"data.cache": "{none}"}),
+        ("model.checkpoint = {none} is not", {"model.checkpoint": "{none}"}),
+        ("checkpoint.resume_from = {none} is", {"checkpoint.resume_from": "{none}"}),
+        ("validation.lpips = {none} is not", {"validation.lpips": "{none}"}),
+        (
+            "teacher.path = {none} is no folder",
+            {"teacher.kind": "hunyuanvideo", "teacher.path": "{none}"},
+        ),
+        ("", {"data.root": "{there}/*"}),
+        ("", {"teacher.kind": "hunyuanvideo", "teacher.path": "owner/name"}),
+        ("", {"teacher.kind": "package.module:Class", "teacher.path": "{none}"}),
+        ("", {"checkpoint.resume_from": "s3://bucket/run"}),
+        ("", {"data.root": "s3://bucket/*/good"}),
+        ("", {"checkpoint.resume_from": "500"}),
+        ("", {"data.cache": "{there}", "data.root": ""}),
+        ("", {"job.name": "begun", "model.checkpoint": "{none}"}),
+    ],
+)
+def test_paths_are_looked_for(
+    tmp_path: Path, told: str, settings: dict[str, str]
+) -> None:
+    places = {"there": tmp_path, "none": tmp_path / "none"}
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
+    usual = {"job.output_dir": "{there}", "job.name": "new", "data.root": "{there}"}
+    argv = [f"--{k}={v.format(**places)}" for k, v in (usual | settings).items()]
+    config = load_config(argv, 1)
+    if not told:
+        check_paths(config)
+        return
+    with pytest.raises(UserError) as caught:
+        check_paths(config)
+    assert str(caught.value).startswith(told.format(**places))
+
+
+def test_the_script_tells_a_missing_path_in_one_line(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [str(ROOT / "run_train.sh"), f"--data.root={tmp_path / 'none'}"],
+        env={**os.environ, "PATH": path, "NGPU": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    expected = (
+        f"error: data.root = {tmp_path / 'none'} is not there: correct the path\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
 
 
 def test_the_configs_that_come_along_are_legal() -> None:
