@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 import numpy as np
@@ -22,6 +19,7 @@ from torch import Tensor
 from taehv.errors import UserError
 from taehv.video import TimedFrame, VideoError
 from taehv.weights import LOAD_ERRORS, PICKLE_SUFFIXES, is_dense_float
+from taehv.writing import WholeWriter
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LATENT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
@@ -72,71 +70,52 @@ def _read_image(path: Path) -> np.ndarray:
         raise VideoError(f"{path} is no image that can be read ({error})") from None
 
 
-class ImageWriter:
-    """Writes uint8 RGB frames HWC as PNG files into a new folder.
-
-    The folder gets its name when the `with` block ends well; otherwise nothing is left
-    behind.
-    """
+class ImageWriter(WholeWriter):
+    """Writes uint8 RGB frames HWC as PNG files into a new folder, see WholeWriter."""
 
     def __init__(self, folder: Path, names: list[str] | None = None) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self._names = names
-        self._unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         self._written = 0
 
-    def __enter__(self) -> ImageWriter:
-        self._unfinished.mkdir()
-        return self
+    def _open(self, unfinished: Path) -> None:
+        unfinished.mkdir()
+        self._folder = unfinished
 
     def write(self, frame_HWC: np.ndarray, pts: int = 0, duration: int = 0) -> None:
         """Append a frame; images have no times."""
         number = self._written
         name = self._names[number] if self._names else f"{number:06d}"
-        Image.fromarray(frame_HWC).save(self._unfinished / f"{name}.png")
+        Image.fromarray(frame_HWC).save(self._folder / f"{name}.png")
         self._written += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                if self.folder.exists():
-                    shutil.rmtree(self.folder)
-                os.replace(self._unfinished, self.folder)
-        finally:
-            shutil.rmtree(self._unfinished, ignore_errors=True)
+    def _close(self, is_good: bool) -> None:
+        """Every image is written already."""
 
 
 # --- latents -----------------------------------------------------------------------
 
 
-class LatentWriter:
+class LatentWriter(WholeWriter):
     """Writes latents_1TCHW, piece by piece, as tensor "latents" of a safetensors file.
 
     safetensors' own functions want all of it at once. The format is the length of a
     header, the header in JSON, padded by spaces, and the numbers
     (github.com/huggingface/safetensors, README); shapes of T, C, H, W pieces after one
     another are those of the whole, so that only the header has to be written last.
-    The file gets its name when the `with` block ends well; otherwise nothing is left
-    behind.
+    See WholeWriter.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         self.metadata: dict[str, str] = {}
         """Goes into the header, and may be filled until the block ends."""
-        self._unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
         self._shape: list[int] = []
         self._dtype = torch.float32
 
-    def __enter__(self) -> LatentWriter:
-        self._file = self._unfinished.open("wb")
+    def _open(self, unfinished: Path) -> None:
+        self._file = unfinished.open("wb")
         self._file.write(b" " * HEADER_BYTES)
-        return self
 
     def write(self, latents_1TCHW: Tensor) -> None:
         """Append latents, all of one size and type."""
@@ -146,20 +125,10 @@ class LatentWriter:
         self._shape[1] += before
         self._file.write(latents_1TCHW.contiguous().view(torch.uint8).numpy().data)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            with self._file:
-                if kind is None:
-                    self._write_header()
-            if kind is None:
-                os.replace(self._unfinished, self.path)
-        finally:
-            self._unfinished.unlink(missing_ok=True)
+    def _close(self, is_good: bool) -> None:
+        with self._file:
+            if is_good:
+                self._write_header()
 
     def _write_header(self) -> None:
         end = self._file.tell() - HEADER_BYTES

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
 from math import inf
 from pathlib import Path
-from types import TracebackType
 
 import av
 import numpy as np
@@ -27,6 +25,7 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
 from taehv.urls import UrlError, UrlReader, is_url
+from taehv.writing import WholeWriter, whole
 
 log = logging.getLogger("taehv")
 
@@ -307,11 +306,11 @@ def _still(path: str, frames: int, crops: list[Crop]) -> list[np.ndarray]:
     return [np.repeat(picture[None], frames, 0) for picture in pictures]
 
 
-class VideoWriter:
+class VideoWriter(WholeWriter):
     """Writes uint8 RGB frames HWC as H.264 in MP4, BT.709 limited range, yuv420p.
 
-    Odd sizes are padded to even ones by repeating the last row or column. The file
-    gets its name when the `with` block ends well; otherwise nothing is left behind.
+    Odd sizes are padded to even ones by repeating the last row or column. See
+    WholeWriter.
 
     Args:
         path: where to.
@@ -333,22 +332,18 @@ class VideoWriter:
         pixel_aspect: Fraction = Fraction(1),
         sound: str | None = None,
     ) -> None:
-        self.path = path
+        super().__init__(path)
         self.rate = Fraction(rate).limit_denominator(1001)
         self.time_base = time_base or 1 / self.rate
         self.crf = crf
         self.pixel_aspect = pixel_aspect
-        self._unfinished = f"{path}.{os.getpid()}.part"
         self._stream: VideoStream | None = None
         self._written = 0
         self._source = sound
         self._sound: _Sound | None = None
 
-    def __enter__(self) -> VideoWriter:
-        self._container = av.open(
-            self._unfinished, "w", format="mp4", options={"movflags": "+faststart"}
-        )
-        return self
+    def _open(self, unfinished: Path) -> None:
+        self._container = _new_mp4(unfinished)
 
     def write(
         self, frame_HWC: np.ndarray, pts: int | None = None, duration: int | None = None
@@ -380,25 +375,16 @@ class VideoWriter:
         if self._sound is not None:
             self._sound.copy(until=converted.pts * self.time_base)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _close(self, is_good: bool) -> None:
         try:
-            if kind is None and self._stream is not None:
+            if is_good and self._stream is not None:
                 self._container.mux(self._stream.encode(None))
                 if self._sound is not None:
                     self._sound.copy()
             self._container.close()
-            if kind is None:
-                os.replace(self._unfinished, self.path)
         finally:
             if self._sound is not None:
                 self._sound.close()
-            with suppress(FileNotFoundError):
-                os.remove(self._unfinished)
 
     def _new_stream(self, height: int, width: int) -> VideoStream:
         stream = self._container.add_stream("libx264", rate=self.rate)
@@ -465,22 +451,20 @@ def reencode(
     no B-frames and no sound. The file appears when it is whole. Raises VideoError
     when a part of the original cannot be decoded.
     """
-    unfinished = f"{target}.{os.getpid()}.part"
+    with (
+        whole(target) as unfinished,
+        _opened(path) as (source, stream),
+        _new_mp4(unfinished) as container,
+    ):
+        copier = _Copier(container, height, keyframe_interval, crf, _rate(stream))
+        for time, frame in _timed_frames(path, source, stream):
+            copier.write(time, frame)
+        copier.finish(path)
+
+
+def _new_mp4(path: Path) -> OutputContainer:
     options = {"movflags": "+faststart"}
-    try:
-        with (
-            _opened(path) as (source, stream),
-            av.open(unfinished, "w", format="mp4", options=options) as container,
-        ):
-            rate = _rate(stream)
-            copier = _Copier(container, height, keyframe_interval, crf, rate)
-            for time, frame in _timed_frames(path, source, stream):
-                copier.write(time, frame)
-            copier.finish(path)
-        os.replace(unfinished, target)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(unfinished)
+    return av.open(str(path), "w", format="mp4", options=options)
 
 
 def _rate(stream: VideoStream) -> Fraction:
@@ -515,7 +499,7 @@ class _Copier:
 
     def __init__(
         self,
-        container: av.container.OutputContainer,
+        container: OutputContainer,
         height: int,
         keyframe_interval: int,
         crf: int,

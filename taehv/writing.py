@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
+
+W = TypeVar("W", bound="WholeWriter")
 
 log = logging.getLogger("taehv")
 
@@ -33,6 +37,31 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
         with suppress(OSError):
             unfinished.unlink()
+
+
+class WholeWriter(ABC):
+    """Writes a file or folder piece by piece within a `with` block, see `whole`."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @abstractmethod
+    def _open(self, unfinished: Path) -> None:
+        """Begin to write there."""
+
+    @abstractmethod
+    def _close(self, is_good: bool) -> None:
+        """End, and if all went well so far, write what is still to be written."""
+
+    def __enter__(self: W) -> W:
+        with ExitStack() as stack:
+            self._open(stack.enter_context(whole(self.path)))
+            stack.push(lambda kind, error, trace: self._close(kind is None))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
