@@ -14,6 +14,8 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,8 @@ LEAST_BESIDE_SECONDS = 15.0
 BATCH = 16
 """Held-out clips that are coded at a time."""
 SHOWN_FRAMES = 3
+MISTAKE = 2
+"""Exit code of a mistake in the study, which another process would meet too."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ def bench_recipe(bench: Bench) -> None:
     study, results = job.read()
     left = _left(study, results)
     processes = min(torch.cuda.device_count(), len(left))
-    if processes > 1:
-        _train_in_processes(job, processes)
+    if processes:
+        _train_in_processes(job, left, processes)
     else:
         train_tasks(job, bench.world, iter(left))
     whole = Study.read(job.study, job.given)
@@ -113,40 +117,51 @@ def _given(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _train_in_processes(job: Job, processes: int) -> None:
-    """On all GPUs at once; each takes the next task that no other has taken."""
+def _train_in_processes(job: Job, left: list[Task], processes: int) -> None:
+    """On all GPUs at once; each takes the next task that no other has taken.
+
+    A training that ends its process costs itself: another process takes the next one.
+    """
     context = torch.multiprocessing.get_context("spawn")
     taken = context.Value("i", 0)
-    os.environ["LOCAL_WORLD_SIZE"] = str(processes)
-    workers = []
-    for rank in range(processes):
-        os.environ["LOCAL_RANK"] = str(rank)  # the child has it from its first import
-        worker = context.Process(target=_train_aside, args=(job, taken))
-        worker.start()
-        workers.append(worker)
-    del os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"]
-    for worker in workers:
-        worker.join()
-    codes = [worker.exitcode for worker in workers]
-    if any(codes):
-        log.warning(f"processes ended with exit codes {codes}: see above")
+
+    def begin(rank: int) -> SpawnProcess:
+        # The child has these from its first import.
+        os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+        keys = [task.key for task in left]
+        process = context.Process(target=_train_aside, args=(job, keys, taken))
+        process.start()
+        del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+        return process
+
+    running = {rank: begin(rank) for rank in range(processes)}
+    while running:
+        wait([process.sentinel for process in running.values()])
+        for rank, process in list(running.items()):
+            if process.exitcode is None:
+                continue
+            del running[rank]
+            if process.exitcode:
+                log.warning(f"a training failed, exit code {process.exitcode}")
+                if process.exitcode != MISTAKE and taken.value < len(left):
+                    running[rank] = begin(rank)
 
 
-def _train_aside(job: Job, taken: Any) -> None:
-    run_command(functools.partial(_train_taken, job, taken))
+def _train_aside(job: Job, keys: list[str], taken: Any) -> None:
+    run_command(functools.partial(_train_taken, job, keys, taken))
 
 
-def _train_taken(job: Job, taken: Any) -> None:
-    study, results = job.read()
-    left = _left(study, results)
+def _train_taken(job: Job, keys: list[str], taken: Any) -> None:
+    study, _ = job.read()
+    by_key = {task.key: task for task in study.tasks}
 
     def tasks() -> Iterator[Task]:
         while True:
             with taken.get_lock():
                 number, taken.value = taken.value, taken.value + 1
-            if number >= len(left):
+            if number >= len(keys):
                 return
-            yield left[number]
+            yield by_key[keys[number]]
 
     with started(Parallelism(), "auto") as world:
         set_up_console(world.rank)
