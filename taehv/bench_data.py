@@ -78,7 +78,7 @@ def bench_data(bench: Bench) -> None:
         for height, width, interval in KINDS:
             name = f"{width}x{height} g{interval}"
             copy = Path(folder) / f"{name}.mp4"
-            _copy(files, copy, height, width, interval)
+            write_copy(files, copy, height, width, interval, COPIED_FRAMES)
             for way, decode in _ways(str(copy), others):
                 rate, clips = clips_per_core_second(decode, bench.options.seconds)
                 cells = {"clips/core-s": rate, "clips": clips}
@@ -103,8 +103,13 @@ def clips_per_core_second(
     raise AssertionError
 
 
-def _copy(
-    files: FileList, copy: Path, height: int, width: int, keyframe_interval: int
+def write_copy(
+    files: FileList,
+    copy: Path,
+    height: int,
+    width: int,
+    keyframe_interval: int,
+    frames: int,
 ) -> None:
     """The start of the videos, one after the other, again if they are too short."""
     options = {"g": str(keyframe_interval), "sc_threshold": "0", "crf": "20"}
@@ -112,7 +117,7 @@ def _copy(
     with av.open(str(copy), "w") as container:
         stream = container.add_stream("libx264", rate=30, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for number, frame in enumerate(_footage(files)):
+        for number, frame in enumerate(itertools.islice(_footage(files), frames)):
             scaled = frame.reformat(width, height, "yuv420p")
             scaled.pts, scaled.time_base = number, 1 / stream.average_rate
             scaled.pict_type = av.video.frame.PictureType.NONE
@@ -121,14 +126,9 @@ def _copy(
 
 
 def _footage(files: FileList) -> Iterator[av.VideoFrame]:
-    count = 0
     for i in itertools.cycle(range(len(files))):
         with av.open(files[i]) as container:
-            for frame in container.decode(video=0):
-                yield frame
-                count += 1
-                if count == COPIED_FRAMES:
-                    return
+            yield from container.decode(video=0)
 
 
 def _others(report: Report) -> list[str]:
