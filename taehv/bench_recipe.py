@@ -42,6 +42,7 @@ from taehv.logging import log, set_up_console
 from taehv.measure import synchronize
 from taehv.metrics import clip_psnr
 from taehv.model import TAEHV
+from taehv.perceptual import load_measures
 from taehv.pool import Pool
 from taehv.study import Record, Results, Study, Task, settings_told, write_report
 from taehv.teacher import load_teacher
@@ -216,6 +217,10 @@ class Lab:
         self.pool = Pool.decoded(
             config.data, train, study.pool, self.device, self.teacher
         )
+        measures = config.validation
+        self.extra = load_measures(
+            measures.lpips, measures.st_lpips, measures.vmaf, self.device
+        )
         self.student: Student | None = None
         self.built_by = ""
         self.judge: TAEHV | None = None
@@ -371,6 +376,7 @@ class Lab:
             self.device,
             StopSignal(),
             is_taught=self.teacher is not None,
+            extra=self.extra,
         )
         assert result is not None  # there are clips
         return result

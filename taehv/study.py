@@ -36,6 +36,8 @@ COLUMNS = {
     "ssim": "SSIM",
     "fine_detail": "fine detail",
     "flicker": "flicker",
+    "lpips": "LPIPS",
+    "st_lpips": "ST-LPIPS",
     "decoder_psnr": "PSNR, teacher's latents",
     "latent_correlation": "latent correlation",
 }
@@ -318,7 +320,7 @@ def _told(value: Estimate, sign: str = "") -> str:
 
 def _reached(records: Mapping[int, Any], base: Mapping[int, Any]) -> str:
     """When the mean curve first has the baseline's PSNR at the end."""
-    goal = statistics.mean(record["ema"]["psnr"] for record in base.values())
+    _, goal = mean_curve(list(base.values()), "ema")[-1]
     seconds = reached(mean_curve(list(records.values()), "ema"), goal)
     return "never" if seconds is None else f"{seconds:.1f} s"
 
