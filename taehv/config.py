@@ -161,6 +161,10 @@ class Data:
     """Random crops taken from one decoded window, or from one of the cache; more are
     cheaper but less diverse.
     Must divide the batch of one process."""
+    window_frames: int = 0
+    """Length of a decoded window, in frames, where longer than a clip: each of its
+    crops is then cut in time too, at a place of its own. Shorter videos are bad files.
+    """
     buckets: list[list[float]] = field(default_factory=list)
     """Several shapes of clips, [frames, height, width, weight] each; a step has one of
     them, by the weights, and as many clips as hold its pixels at those of a batch of
@@ -480,6 +484,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "data.flip": (0, 1),
     "data.color_jitter": (0, 1),
     "data.crops_per_window": (1, math.inf),
+    "data.window_frames": (0, math.inf),
     "data.workers": (-1, math.inf),
     "data.blur": (0, 16),
     "data.noise": (0, 1),

@@ -50,8 +50,8 @@ class ClipDataset(Dataset):
 
     With K crops a window, sample g is crop g % K of window g // K. A window's source
     follows from its number and the sources' shares; its file, start and stride from
-    its random numbers; box, flip, colour, blur and noise from the sample's; its shape
-    from the bucket that the sample is in.
+    its random numbers; box, place in the window, flip, colour, blur and noise from the
+    sample's; its shape from the bucket that the sample is in.
 
     Args:
         data: section [data].
@@ -103,19 +103,21 @@ class ClipDataset(Dataset):
             return Shape(data.frames, data.height, data.width)
         return data.shapes[self.buckets.of_sample(g)]
 
+    def _window_frames(self, shape: Shape) -> int:
+        return max(shape.frames, self.data.window_frames)
+
     def _window(self, window: int, numbers: list[int]) -> list[Clip]:
         begin, tally = time.perf_counter(), Tally()
         shape = self.shape(numbers[0])
         changes = [self._augmentation(g, shape) for g in numbers]
         crops = [crop for crop, _, _ in changes]
+        length = self._window_frames(shape)
         part, turn = self._shares.part(window)
         failures: list[Failure] = []
         for attempt in range(ATTEMPTS):
             path, position, stride = self._place(part, turn, window, attempt)
             try:
-                clips = decode_window(
-                    path, position, shape.frames, stride, crops, tally
-                )
+                clips = decode_window(path, position, length, stride, crops, tally)
             except VideoError as error:
                 failures.append(Failure(path, str(error), numbers[0]))
                 continue
@@ -125,7 +127,7 @@ class ClipDataset(Dataset):
                 worker_number(),
                 seconds,
                 tally.packets,
-                shape.frames,
+                length,
                 len(clips),
             )
             made = [
@@ -156,7 +158,7 @@ class ClipDataset(Dataset):
     def _augmentation(
         self, g: int, shape: Shape
     ) -> tuple[Crop, np.ndarray, Degradation | None]:
-        size, y, x, flip, *color = draw(self.seed, g, 0, CROP, 8)
+        size, y, x, flip, *color, place = draw(self.seed, g, 0, CROP, 9)
         data = self.data
         low, high = data.crop_scale
         crop = Crop(
@@ -166,6 +168,8 @@ class ClipDataset(Dataset):
             y=y,
             x=x,
             flip=flip < data.flip,
+            first=int(place * (self._window_frames(shape) - shape.frames + 1)),
+            frames=shape.frames,
         )
         degradation = None
         if data.blur or data.noise:

@@ -85,7 +85,7 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class Crop:
-    """A box of the displayed picture and what becomes of it.
+    """A box of the displayed picture and what becomes of it, in all or some frames.
 
     The box has the aspect of `height` x `width` (the output, in pixels) and `scale`
     times the side of the largest such box that fits; `y` and `x` in [0, 1] place it
@@ -99,6 +99,15 @@ class Crop:
     y: float = 0.5
     x: float = 0.5
     flip: bool = False
+    first: int = 0
+    """Of the window's frames, from 0."""
+    frames: int | None = None
+    """How many; None: all from the first on."""
+
+    def takes(self, number: int) -> bool:
+        """Whether frame `number` of the window is in it."""
+        last = inf if self.frames is None else self.first + self.frames
+        return self.first <= number < last
 
 
 def probe(path: str) -> VideoInfo:
@@ -303,7 +312,9 @@ def _still(path: str, frames: int, crops: list[Crop]) -> list[np.ndarray]:
         if frame is None or frame.is_corrupt:
             raise VideoError(f"{path} is no whole picture")
         pictures = [_Cropper(crop)(frame) for crop in crops]
-    return [np.repeat(picture[None], frames, 0) for picture in pictures]
+    lengths = [sum(map(crop.takes, range(frames))) for crop in crops]
+    pairs = zip(pictures, lengths, strict=True)
+    return [np.repeat(picture[None], length, 0) for picture, length in pairs]
 
 
 class VideoWriter(WholeWriter):
@@ -671,10 +682,15 @@ class _Window:
 
     def _cut(self, frames: Iterator[VideoFrame]) -> list[np.ndarray]:
         croppers = [_Cropper(crop) for crop in self.crops]
-        cut = [[cropper(frame) for cropper in croppers] for frame in frames]
-        if len(cut) < self.frames:
-            raise _Gap(f"{self.path}: {len(cut)} of {self.frames} frames came out")
-        return [np.stack(clip) for clip in zip(*cut, strict=True)]
+        clips: list[list[np.ndarray]] = [[] for _ in self.crops]
+        count = 0
+        for count, frame in enumerate(frames, 1):
+            for crop, cropper, clip in zip(self.crops, croppers, clips, strict=True):
+                if crop.takes(count - 1):
+                    clip.append(cropper(frame))
+        if count < self.frames:
+            raise _Gap(f"{self.path}: {count} of {self.frames} frames came out")
+        return [np.stack(clip) for clip in clips]
 
     def _decode_by_count(self) -> list[np.ndarray]:
         """Without usable times: from the start of the file, by counting frames."""

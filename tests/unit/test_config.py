@@ -61,6 +61,7 @@ UNUSUAL: dict[str, Any] = {
     "data.flip": 5e-324,
     "data.color_jitter": 1e-7,
     "data.crops_per_window": 2,
+    "data.window_frames": 40,
     "data.sources": ["/a", "b, c.txt"],
     "data.weights": [1e-9, 3.5],
     "data.images": True,

@@ -341,6 +341,26 @@ def test_crops_of_a_window_share_frames_but_not_boxes(videos: Path):
     assert windows[:4] == [windows[0]] * 4 and windows[4:] == [windows[4]] * 4
 
 
+def test_crops_of_a_longer_window_have_frames_of_their_own(videos: Path):
+    whole = {"crop_scale": [1.0, 1.0], "flip": 0, "width": 44, "stride": [2, 2]}
+    data = settings(videos / "more", crops_per_window=8, window_frames=12, **whole)
+    files = FileList.from_config(data)
+    clips = ClipDataset(data, files, seed=2).__getitems__(list(range(16)))
+    seen = [numbers_of(clip.frames_THWC) for clip in clips]
+    assert all(n == list(range(n[0], n[0] + 9, 2)) for n in seen)
+    for window in (seen[:8], seen[8:]):
+        firsts = {numbers[0] for numbers in window}
+        assert len(firsts) >= 4 and max(firsts) - min(firsts) <= 2 * (12 - 5)
+    single = ClipDataset(data, files, seed=2)[11]
+    np.testing.assert_array_equal(single.frames_THWC, clips[11].frames_THWC)
+    assert clips[0].work.frames == 12
+    shared = settings(videos / "more", crops_per_window=8, **whole)
+    for clip in ClipDataset(shared, files, seed=2).__getitems__(list(range(8))):
+        longer = settings(videos / "more", window_frames=5, crops_per_window=8, **whole)
+        same = ClipDataset(longer, files, seed=2)[clip.number]
+        np.testing.assert_array_equal(same.frames_THWC, clip.frames_THWC)
+
+
 def test_bad_files_are_replaced_and_named(videos: Path):
     batches = read_batches(loader_for(settings(videos)), 7)
     sources = {source for batch in batches for source in batch.sources}

@@ -244,7 +244,12 @@ def test_mixtures_buckets_and_retries_are_the_same_for_any_world(
 ):
     """One process that decodes itself; four with three workers each, from mid-epoch."""
     changes = {"crops_per_window": 2, "color_jitter": 0.2, "noise": 0.1, "blur": 1.0}
-    changes |= {"buckets": BUCKETS, "batch_multiple": 8, "holdout_fraction": 0.01}
+    changes |= {
+        "window_frames": 7,
+        "buckets": BUCKETS,
+        "batch_multiple": 8,
+        "holdout_fraction": 0.01,
+    }
     data = settings(videos, **changes)
     alone = read(loader(data, videos, 0, 0, 1, 8), 9)
     clips = by_number(alone)
@@ -278,6 +283,10 @@ def test_still_images_stand_still(tmp_path: Path):
     assert clip.frames_THWC.shape == (5, 64, 96, 3)
     assert np.abs(clip.frames_THWC.astype(int) - np.asarray(picture)).mean() < 2
     assert (clip.frames_THWC == clip.frames_THWC[0]).all()
+    data.window_frames = 9
+    np.testing.assert_array_equal(
+        ClipDataset(data, train, 0)[3].frames_THWC, clip.frames_THWC
+    )
 
 
 # --- blur and noise -------------------------------------------------------------------
