@@ -162,13 +162,17 @@ def written(name: str, found: Estimate | None, sign: str = "") -> str:
 
 
 def summary_rows(comparison: Comparison) -> list[list[str]]:
-    """A row for each model, the first being the head."""
+    """A row for each measure, a column for each model, names first."""
     names = comparison.main_names()
-    rows = [["model", *map(column_of, names)]]
+    rows = [["", *map(column_of, names)]]
     for model in comparison.models:
         means = model.means()
         rows.append([model.name, *(written(name, means.get(name)) for name in names)])
-    return rows
+    return _turned(rows)
+
+
+def _turned(rows: list[list[str]]) -> list[list[str]]:
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def speed_rows(comparison: Comparison) -> list[list[str]]:
@@ -187,17 +191,17 @@ def speed_rows(comparison: Comparison) -> list[list[str]]:
 
 
 def difference_rows(comparison: Comparison, of_first: bool = False) -> list[list[str]]:
-    """A row for each two models, or each with the first, the first row being the head.
+    """A row for each measure, a column for each two models, or each with the first.
 
     A star marks an interval that leaves out zero: only there is one surely better.
     """
     names = comparison.main_names()
-    rows = [["second less first", *map(column_of, names)]]
+    rows = [["", *map(column_of, names)]]
     for one, other, found in comparison.pairs():
         if not of_first or one is comparison.models[0]:
             cells = [_difference(name, found.get(name)) for name in names]
             rows.append([f"{other.name} less {one.name}", *cells])
-    return rows
+    return _turned(rows)
 
 
 def _difference(name: str, found: Estimate | None) -> str:

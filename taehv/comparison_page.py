@@ -61,9 +61,9 @@ def write_comparison(
 
 
 def _introduction(comparison: Comparison) -> str:
-    about = ", ".join(f"{name} {value}" for name, value in comparison.about.items())
+    about = ", ".join(f"{name}: {value}" for name, value in comparison.about.items())
     return (
-        f"{len(comparison.models)} models on the same {len(comparison.clips)} clips "
+        f"Models: {len(comparison.models)}, on the same {len(comparison.clips)} clips "
         f"({about}). Means are over clips; behind ± stands half of the interval that "
         "holds the true mean in 95 of 100 cases."
     )

@@ -36,11 +36,12 @@ h3 { font-size: 1rem; margin: 1.25rem 0 0.25rem; }
 p { margin: 0.5rem 0; max-width: 46rem; }
 .scroll { overflow-x: auto; margin: 0.75rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; color: #5a626b; font-size: 0.875rem; }
+.note { color: #5a626b; font-size: 0.875rem; }
 th, td { padding: 0.3rem 0.6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid #e6e9ed; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .text th, .text td { text-align: left; white-space: normal; vertical-align: top; }
+.text td:first-child { white-space: nowrap; }
 th { background: #fff; border-bottom-color: #9aa3ad; }
 tbody tr:hover { background: #f3f6f9; }
 .grid { display: grid; gap: 1rem 1.5rem;
@@ -49,7 +50,8 @@ figure { margin: 0.75rem 0; min-width: 0; }
 figure img, figure video { display: block; max-width: 100%; height: auto;
   background: #e6e9ed; }
 figcaption { color: #3d444c; font-size: 0.875rem; }
-figure video { min-width: min(100%, 20rem); }
+figcaption:first-child { color: inherit; font-size: inherit; font-weight: 600; }
+figure video { width: 100%; max-width: none; min-width: 36rem; }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: 0.875rem; }
 .legend i { display: inline-block; width: 0.75rem; height: 0.75rem;
@@ -107,13 +109,14 @@ def table(
         inner = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
         return f"<tr>{inner}</tr>"
 
-    named = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    # Outside of what scrolls, so that it is broken where the window ends.
+    named = f'<p class="note">{html.escape(caption)}</p>' if caption else ""
     lines = "\n".join(row(cells, "td") for cells in rows)
     kind = "text" if is_text else "numbers"
     return (
-        f'<div class="scroll"><table class="{kind}">{named}\n'
+        f'<div class="scroll"><table class="{kind}">\n'
         f"<thead>{row(columns, 'th')}</thead>\n"
-        f"<tbody>{lines}</tbody></table></div>"
+        f"<tbody>{lines}</tbody></table></div>{named}"
     )
 
 
@@ -139,14 +142,18 @@ def picture(pixels_HWC: np.ndarray, caption: str, is_photo: bool = True) -> str:
 def video(mp4: bytes, caption: str) -> str:
     """A video that plays without sound and without end; H.264 in MP4."""
     return _figure(
-        f'<video src="{_data("video/mp4", mp4)}" controls autoplay loop muted '
-        "playsinline></video>",
+        f'<div class="scroll"><video src="{_data("video/mp4", mp4)}" controls autoplay '
+        "loop muted playsinline></video></div>",
         caption,
     )
 
 
 def _figure(media: str, caption: str) -> str:
-    return f"<figure>{media}<figcaption>{html.escape(caption)}</figcaption></figure>"
+    return f"<figure>{media}{_caption(caption)}</figure>"
+
+
+def _caption(text: str) -> str:
+    return f"<figcaption>{html.escape(text)}</figcaption>"
 
 
 def _data(kind: str, content: bytes) -> str:
@@ -179,7 +186,7 @@ def chart(
 
     Args:
         series: lines, told apart by colour; where there are several, with a legend.
-        caption: what is shown.
+        caption: what is shown, above.
         x_label: under the horizontal axis.
         y_label: above the vertical axis.
         lines: connect each one's points in turn; else dots alone.
@@ -195,7 +202,8 @@ def chart(
         f'aria-label="{html.escape(caption)}">{axes.svg(x_label, y_label)}'
         f"{''.join(marks)}</svg>"
     )
-    return _figure(svg + (_legend(series) if len(series) > 1 else ""), caption)
+    legend = _legend(series) if len(series) > 1 else ""
+    return f"<figure>{_caption(caption)}{svg}{legend}</figure>"
 
 
 def _finite(one: Series, log_y: bool) -> Series:
@@ -225,6 +233,8 @@ class _Axes:
         self.x_span = min(xs), max(xs)
         if self.x_span[0] == self.x_span[1]:
             self.x_span = self.x_ticks[0], self.x_ticks[-1]
+        if all(float(x).is_integer() for x in xs):  # clips, frames, steps
+            self.x_ticks = [x for x in self.x_ticks if float(x).is_integer()]
         self.y_span = self.y_ticks[0], self.y_ticks[-1]
 
     def _scaled(self, y: float) -> float:

@@ -98,6 +98,12 @@ def test_a_chart_puts_values_where_its_axes_say() -> None:
     assert ticks["1"] == pytest.approx(y0, abs=0.11)
 
 
+def test_what_is_counted_has_whole_ticks() -> None:
+    drawn = page.chart([page.Series("a", [1, 2, 3], [1, 2, 3])], "c", "clip", "y")
+    shown = re.findall(r'text-anchor="middle">([\d.]+)<', drawn)
+    assert shown == ["1", "2", "3"]
+
+
 def test_a_logarithmic_chart_and_values_that_cannot_be_shown() -> None:
     ys = [0.001, 0.1, 10, 0.0, -1, math.nan, math.inf]
     drawn = page.chart(
