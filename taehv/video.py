@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import threading
@@ -24,6 +25,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
+from taehv.errors import UserError
 from taehv.urls import UrlError, UrlReader, is_url
 from taehv.writing import WholeWriter, whole
 
@@ -47,6 +49,7 @@ BT709 = 1
 UNSPECIFIED_COLORSPACE = 2
 LIMITED_RANGE = 1
 FULL_RANGE = 2
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 COPY_TIME_BASE = Fraction(1, 90_000)
 
 
@@ -460,11 +463,12 @@ def reencode(
 
     Its shorter side has `height` pixels, or fewer where the original has; there are
     no B-frames and no sound. The file appears when it is whole. Raises VideoError
-    when a part of the original cannot be decoded.
+    when a part of the original cannot be decoded, UserError when the disk is full.
     """
     with (
         whole(target) as unfinished,
         _opened(path) as (source, stream),
+        _blaming_the_disk(target),
         _new_mp4(unfinished) as container,
     ):
         copier = _Copier(container, height, keyframe_interval, crf, _rate(stream))
@@ -476,6 +480,17 @@ def reencode(
 def _new_mp4(path: Path) -> OutputContainer:
     options = {"movflags": "+faststart"}
     return av.open(str(path), "w", format="mp4", options=options)
+
+
+@contextmanager
+def _blaming_the_disk(target: str) -> Iterator[None]:
+    """Tell a disk that takes no more from a video that cannot be read."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        if error.errno in DISK_ERRORS:
+            raise UserError(f"cannot write {target}: {error.strerror}") from error
+        raise
 
 
 def _rate(stream: VideoStream) -> Fraction:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +103,21 @@ def test_copies_of_two_kinds_are_not_mixed(tmp_path: Path):
         proxy_command(config(root, height=48))
     with pytest.raises(UserError, match="holds other files"):
         proxy_command(config(root, folder=str(tmp_path)))
+
+
+def test_a_full_disk_is_not_blamed_on_the_videos(tmp_path: Path):
+    root, copies = tmp_path / "videos", tmp_path / "copies"
+    root.mkdir()
+    make_video(root / "a.mp4", size=(96, 128))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(UserError, match="write .*a.mp4.*too large") as caught:
+            proxy_command(config(root, height=96))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    # As a process hands it on.
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert [path.name for path in copies.iterdir()] == ["proxy.json"]
+    proxy_command(config(root, height=96))
+    assert (copies / "a.mp4").exists()
