@@ -688,7 +688,7 @@ def check_fit(variant: Variant, data: Data, window: tuple[int, int, int]) -> Non
         nearest = min(legal, key=lambda length: abs(length - data.frames))
         raise UserError(
             f"data.frames = {data.frames} cannot be cut from cached windows of "
-            f"{frames} frames: take {nearest}"
+            f"{frames} frames: take {nearest}, or windows of another cache.frames"
         )
     for key, clip, size in (
         ("height", data.height, height),

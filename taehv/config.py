@@ -77,7 +77,8 @@ class Teacher:
     tiling: bool | Literal["auto"] = "auto"
     """Whether a built-in teacher codes large frames in tiles and clips one by one,
     which saves memory and changes the latents slightly; auto: as its class does, which
-    is for minimax_h3 only (tiles of 256 pixels)."""
+    is for minimax_h3 (tiles of 256 pixels) and in time for hunyuanvideo (more than 16
+    frames)."""
 
 
 class Shape(NamedTuple):
@@ -153,10 +154,11 @@ class Data:
     0 is off, 0.2 is mild. In a cache it is applied once, by precompute."""
     blur: float = 0.0
     """Largest standard deviation in pixels of a Gaussian blur, drawn for each clip; the
-    student learns to reproduce the blurred frames, which the teacher sees too."""
+    student learns to reproduce the blurred frames, which the teacher sees too. In a
+    cache it is applied once, by precompute."""
     noise: float = 0.0
     """Largest standard deviation of Gaussian noise in frames of 0 to 1, drawn for each
-    clip, and to be reproduced too."""
+    clip, and to be reproduced too. In a cache it is applied once, by precompute."""
     crops_per_window: int = 1
     """Random crops taken from one decoded window, or from one of the cache; more are
     cheaper but less diverse.

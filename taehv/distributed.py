@@ -223,6 +223,22 @@ def uses_compile(settings: Compile, device: torch.device) -> bool:
     return device.type == "cuda" if settings.enable == "auto" else settings.enable
 
 
+def prepare_networks(settings: Compile, device: torch.device) -> bool:
+    """Set PyTorch up for inputs of few, fixed shapes.
+
+    Returns:
+        Whether networks are to be compiled.
+    """
+    # Each algorithm of cuDNN is tried once a shape, compiled or not.
+    torch.backends.cudnn.benchmark = True
+    enabled = uses_compile(settings, device)
+    if enabled:
+        keep_compiled_code()
+        # All modules of a class share one count, and one too many would end the run.
+        torch._dynamo.config.recompile_limit = SHAPES
+    return enabled
+
+
 def cast_at_borders(root: nn.Module, dtype: torch.dtype) -> None:
     """Give a module of bf16 weights the inputs and outputs that `shard` gives it."""
     root.register_forward_pre_hook(lambda _, inputs: tuple(x.to(dtype) for x in inputs))
@@ -232,20 +248,15 @@ def cast_at_borders(root: nn.Module, dtype: torch.dtype) -> None:
 def compile_in_place(
     roots: list[nn.Module], settings: Compile, device: torch.device
 ) -> bool:
-    """Prepare modules for inputs of few, fixed shapes, and compile each as one graph.
+    """Prepare for inputs of few, fixed shapes, and compile modules, each as one graph.
 
     Its parameters keep their names.
 
     Returns:
         Whether the modules are compiled.
     """
-    # Each algorithm of cuDNN is tried once a shape, compiled or not.
-    torch.backends.cudnn.benchmark = True
-    enabled = uses_compile(settings, device)
+    enabled = prepare_networks(settings, device)
     if enabled:
-        keep_compiled_code()
-        # All modules of a class share one count, and one too many would end the run.
-        torch._dynamo.config.recompile_limit = SHAPES
         for root in roots:
             # Without dynamic=False a second shape would compile anew for any shape,
             # and inductor lays out no memory for convolutions of unknown ones.

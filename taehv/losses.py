@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from taehv.config import Loss
 from taehv.errors import UserError
@@ -148,7 +147,9 @@ def _frame_terms(
     judged_NT = targets.judged_frames_NT
     terms = _distances(decoded_NTCHW, target_NTCHW, judged_NT, settings)
     if settings.consistency_weight:
-        value = consistency_loss(model, decoded_NTCHW, latents_NTCHW)
+        value = consistency_loss(
+            model, decoded_NTCHW, latents_NTCHW, targets.judged_latents_NT
+        )
         terms["consistency"] = (settings.consistency_weight, value)
     if guide is not None:
         parts = (decoded_NTCHW, target_NTCHW, latents_NTCHW)
@@ -341,19 +342,26 @@ def latent_scale_loss(latents_NTCHW: Tensor) -> Tensor:
 
 
 def consistency_loss(
-    model: TAEHV, decoded_NTCHW: Tensor, latents_NTCHW: Tensor
+    model: TAEHV,
+    decoded_NTCHW: Tensor,
+    latents_NTCHW: Tensor,
+    judged_NT: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error between latents and what their frames are encoded to again.
 
     A video that is decoded and encoded in turn, as world models do, then stays where it
-    is. Latents whose frames are cut off are left out, if others remain.
+    is. Latents whose frames are cut off are left out, if others remain, and so are
+    those that do not count.
     """
     again_NTCHW = model.encode_video(decoded_NTCHW)
     frames, factor = decoded_NTCHW.shape[1], model.variant.time_factor
     whole = again_NTCHW.shape[1]
     if model.variant.frames_of(latents_NTCHW.shape[1]) > frames:
         whole = max(1, frames // factor)
-    return F.mse_loss(again_NTCHW[:, :whole], latents_NTCHW.detach()[:, :whole])
+    change_NTCHW = again_NTCHW[:, :whole] - latents_NTCHW.detach()[:, :whole]
+    if judged_NT is not None:
+        judged_NT = judged_NT[:, :whole]
+    return _mean(change_NTCHW.square(), judged_NT)
 
 
 def psnr(mean_squared_error: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ from taehv.distributed import (
     StopSignal,
     World,
     check_agreement,
+    prepare_networks,
     started,
-    uses_compile,
 )
 from taehv.errors import UserError, run_command
 from taehv.files import relative_path
@@ -189,7 +189,11 @@ class StoredClips:
         if self.jpeg:
             jpegs = tuple(map(to_jpeg, frames_THWC))
             frames_THWC = np.stack([*map(from_jpeg, jpegs)])
-        settled = {"frames_THWC": frames_THWC, "color_34": color_transform(0, [])}
+        settled = {
+            "frames_THWC": frames_THWC,
+            "color_34": color_transform(0, []),
+            "degradation": None,  # it is in the frames now
+        }
         return StoredClip(**vars(clip) | settled, jpegs=jpegs)
 
 
@@ -270,7 +274,7 @@ class Precompute:
 
     def _load_teacher(self) -> Teacher:
         device = self.world.device
-        compiled = uses_compile(self.config.compile, device)
+        compiled = prepare_networks(self.config.compile, device)
         teacher = load_teacher(self.config.teacher, device, compiled)
         assert teacher is not None  # check_precompute wants its kind
         for data in (self.window_data, self.config.data):
@@ -342,6 +346,8 @@ class Precompute:
                 "data.crop_scale": config.data.crop_scale,
                 "data.flip": config.data.flip,
                 "data.color_jitter": config.data.color_jitter,
+                "data.blur": config.data.blur,
+                "data.noise": config.data.noise,
                 "cache.windows": config.cache.windows,
                 "cache.frames": config.cache.frames,
                 "cache.height": config.cache.height,

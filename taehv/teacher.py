@@ -138,7 +138,7 @@ class DiffusersTeacher:
         self.fingerprint = _fingerprint(
             vae,
             [kind.class_name, kind.pixel_mean, kind.pixel_std, settings.latents],
-            [mean_C.tolist(), std_C.tolist(), vae.use_tiling],
+            [mean_C.tolist(), std_C.tolist(), vae.use_tiling, _tiles_in_time(vae)],
         )
         self.vae = vae.to(device)
         _check_finite(vae, settings.path)
@@ -182,7 +182,10 @@ class DiffusersTeacher:
             shape = latents_NCTHW.shape[1:]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             noise = [torch.randn(shape, generator=each) for each in generators]
-            noise_NCTHW = torch.stack(noise).to(latents_NCTHW.device)
+            noise_NCTHW = torch.stack(noise)
+            if latents_NCTHW.is_cuda:  # else the copy would wait for the encoder
+                noise_NCTHW = noise_NCTHW.pin_memory()
+            noise_NCTHW = noise_NCTHW.to(latents_NCTHW.device, non_blocking=True)
             latents_NCTHW = (
                 latents_NCTHW + (coded.logvar.float() / 2).exp() * noise_NCTHW
             )
@@ -198,12 +201,19 @@ class DiffusersTeacher:
         return (pixels_NTCHW * self.pixel_std_C11 + self.pixel_mean_C11).clamp(0, 1)
 
 
+def _tiles_in_time(vae: nn.Module) -> bool:
+    """Whether it codes long clips in parts that it blends, tiling or not."""
+    return bool(getattr(vae, "use_framewise_encoding", False))
+
+
 def _adapt(vae: nn.Module, kind: str, tiling: bool | str) -> None:
     if tiling is True:
         vae.enable_tiling()
         vae.enable_slicing()
     elif tiling is False:
         vae.disable_tiling()
+        if _tiles_in_time(vae):
+            vae.use_framewise_encoding = vae.use_framewise_decoding = False
     if kind == "hunyuanvideo1_5":
         vae.enable_slicing()  # the attention mask of diffusers 0.42 fits one clip alone
         for module in vae.modules():

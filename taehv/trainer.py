@@ -192,7 +192,8 @@ class Trainer:
                 dist.barrier()
             self.clips = CacheDataset(config.data, self.cache.train, seed, self.buckets)
             self.sources, self.held_out = self.clips.windows, self.cache.validation
-            told = json.dumps(self.cache.about, sort_keys=True).encode()
+            content = [self.cache.about, self.cache.train.fingerprint]
+            told = json.dumps(content, sort_keys=True).encode()
             self.fingerprint = hashlib.sha256(told).hexdigest()
         else:
             self.sources, self.held_out = build_file_lists(config.data)

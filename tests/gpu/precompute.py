@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from taehv.config import Teacher
+from taehv.config import Compile, Teacher
+from taehv.distributed import prepare_networks
 from taehv.teacher import load_teacher
 
 ROOT = Path(__file__).parent.parent.parent
@@ -24,7 +25,8 @@ TIMED = 20
 def bare_speed(folder: Path, shape: tuple[int, ...], device: torch.device) -> float:
     """Frames a second of the teacher alone, on frames that lie on the device."""
     settings = Teacher(kind="cogvideox", path=str(folder))
-    teacher = load_teacher(settings, device, compile=device.type == "cuda")
+    compiled = prepare_networks(Compile(), device)
+    teacher = load_teacher(settings, device, compiled)
     frames_NTCHW = torch.rand(shape, device=device)
     for timed in (3, TIMED):
         wait_for(device)
@@ -46,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("clips", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--windows", type=int, default=640)
+    parser.add_argument("--windows", type=int)
     parser.add_argument("--cpu", action="store_true", help="rehearse, small")
     options = parser.parse_args()
     device = torch.device("cpu" if options.cpu else "cuda")
@@ -67,7 +69,7 @@ def main() -> None:
         "data.frames": frames,
         "data.height": side,
         "data.width": side,
-        "cache.windows": options.windows,
+        "cache.windows": options.windows or (16 if options.cpu else 1920),
         "cache.frames": frames,
         "cache.height": side,
         "cache.width": side,

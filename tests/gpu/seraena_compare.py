@@ -23,7 +23,7 @@ from torch import Tensor
 
 from taehv import TAEHV
 from taehv.augment import to_frames
-from taehv.config import Config
+from taehv.config import read_config
 from taehv.data import validation_batches
 from taehv.index import build_file_lists
 from taehv.metrics import MEASURES
@@ -59,8 +59,8 @@ class Comparison:
         self.clips, self.output, self.sizes, self.given = clips, output, sizes, given
         self.device = "cpu" if is_cpu else "cuda"
 
-    def train(self, name: str, steps: int, form: dict[str, object]) -> None:
-        """A run of so many steps; a failure ends the comparison."""
+    def train(self, name: str, steps: int, form: dict[str, object]) -> str:
+        """A run of so many steps, and what it told; a failure ends the comparison."""
         sizes = self.sizes
         settings = {
             "job.name": name,
@@ -91,6 +91,7 @@ class Comparison:
         )
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stdout}\n{done.stderr}")
+        return done.stderr
 
     def scalars(self, name: str, tag: str) -> list[float]:
         """The values of one curve in TensorBoard."""
@@ -106,7 +107,7 @@ class Comparison:
         """Train in a form, and tell how it went."""
         self.train(f"{name}, trial", self.sizes.trial, form)
         steps = max(2, round(seconds / self.seconds_a_step(f"{name}, trial")))
-        self.train(name, steps, form)
+        log = self.train(name, steps, form)
         last = (self.output / name / "validation.jsonl").read_text().splitlines()[-1]
         values = json.loads(last)
         cells = [f"{values.get(key, float('nan')):15.4f}" for key in SHOWN]
@@ -117,6 +118,11 @@ class Comparison:
         told = f"{name:22} {steps:6} {time:8.2f} {memory:7.2f} {' '.join(cells)}"
         if form:
             told += "\n" + self.guidance(name)
+            told += "".join(
+                f"\n{'':22} {line.strip()}"
+                for line in log.splitlines()
+                if "eraena" in line
+            )
         return told
 
     def guidance(self, name: str) -> str:
@@ -130,13 +136,11 @@ class Comparison:
     @torch.no_grad()
     def picture(self, names: list[str], path: Path, clips: int, columns: int) -> None:
         """Frames of held-out clips, true and from each run's weights, from above."""
-        config = Config()
-        config.data.root = str(self.clips)
-        config.data.frames = self.sizes.frames
-        config.data.height = config.data.width = self.sizes.side
-        _, held_out = build_file_lists(config.data)
+        config = self.output / names[0] / "config.toml"
+        data = read_config(["--config", str(config)]).data
+        _, held_out = build_file_lists(data)
         every = self.sizes.validation
-        batches = validation_batches(config.data, held_out, range(every), every, every)
+        batches = validation_batches(data, held_out, range(every), every, every)
         frames_NTCHW = to_frames(next(iter(batches)), self.device)
         step = max(1, len(frames_NTCHW) // clips)
         frames_NTCHW = frames_NTCHW[::step][:clips]

@@ -152,6 +152,19 @@ def test_windows_are_the_clips_of_the_sampler_and_their_latents(
     assert {Path(name).name for name in live.sources} <= {"a.mp4", "b.mp4"}
 
 
+def test_blur_and_noise_are_stored_and_not_added_again(
+    videos: Path, tmp_path: Path
+) -> None:
+    changes = {"data__blur": 2, "data__noise": 0.1, "cache__windows": 2}
+    folder = make_cache(videos, tmp_path / "cache", **changes)
+    windows = Cache.open(folder, "taehv").train
+    batch = collate([windows.whole(i) for i in range(2)])
+    latents_NTCHW = Projection("", CPU).encode(to_frames(batch, CPU), [0, 1])
+    assert torch.equal(batch.latents_NTCHW, latents_NTCHW.half())
+    with pytest.raises(UserError, match="data.noise"):
+        make_cache(videos, folder, **{**changes, "data__noise": 0.2})
+
+
 def test_validation_clips_are_those_of_a_live_validation(
     videos: Path, cache: Path
 ) -> None:

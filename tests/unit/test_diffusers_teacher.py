@@ -356,6 +356,14 @@ def test_one_clip_at_a_time_and_tiles(folder_of: Callable[[str], Path]) -> None:
     other_NTCHW = whole.encode(frames_NTCHW, [0])
     assert latents_NTCHW.shape == other_NTCHW.shape
     assert 0 < (latents_NTCHW - other_NTCHW).abs().max() < 1
+    long_NTCHW = torch.rand(1, 29, 3, 32, 32)
+    name = "hunyuanvideo"
+    blended = load(folder_of(name), name)
+    once = load(folder_of(name), name, tiling=False)
+    assert blended.fingerprint != once.fingerprint
+    latents_NTCHW = blended.encode(long_NTCHW, [0])
+    other_NTCHW = once.encode(long_NTCHW, [0])
+    assert 0 < (latents_NTCHW - other_NTCHW).abs().max() < 1
     h3 = folder_of("minimax_h3")
     assert load(h3, "minimax_h3").vae.use_tiling
     assert not load(h3, "minimax_h3", tiling=False).vae.use_tiling

@@ -13,6 +13,7 @@ from taehv.config import Loss
 from taehv.losses import (
     Targets,
     aligned,
+    consistency_loss,
     frequency_loss,
     judged,
     latent_loss,
@@ -253,6 +254,19 @@ def test_consistency_re_encodes_what_was_decoded(
     assert terms["loss"].item() == pytest.approx(
         (terms["latent"] + terms["reconstruction"] + 2 * expected).item()
     )
+
+
+def test_consistency_leaves_out_what_is_not_judged(
+    small: tuple[TAEHV, Tensor, Tensor],
+) -> None:
+    student, _, theirs_NTCHW = small
+    decoded_NTCHW = student.decode_video(theirs_NTCHW, clamp=False)
+    again_NTCHW = student.encode_video(decoded_NTCHW)
+    judged_NT = torch.ones(theirs_NTCHW.shape[:2], dtype=torch.bool)
+    judged_NT[:, 0] = False
+    found = consistency_loss(student, decoded_NTCHW, theirs_NTCHW, judged_NT)
+    expected = (again_NTCHW - theirs_NTCHW)[:, 1:].square().mean()
+    assert found.item() == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
