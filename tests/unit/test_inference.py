@@ -19,6 +19,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import file_size_limit
 from numbered_video import numbered_frame
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -326,6 +327,23 @@ def test_mistakes_are_one_line(
         lines = capfd.readouterr()[1].splitlines()
         assert code == 1 and told in lines[0] and len(lines) == 2, (told, lines)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("to", ["video", "images", "latents"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    to: str,
+) -> None:
+    video = make_video(tmp_path / "a.mp4", [0, 40, 80], sound=False)
+    common = (monkeypatch, weights / "taehv.safetensors", video, "--to", to)
+    with file_size_limit(300):
+        code = run(*common, "--output", tmp_path / "out")
+    told = capfd.readouterr()[1].splitlines()
+    assert code == 1 and len(told) == 2 and told[0].startswith("error: "), told
+    assert "a.mp4 -> " in told[0] and not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
