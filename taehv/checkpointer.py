@@ -90,7 +90,7 @@ class _Staging:
 
     def __init__(self, state: State) -> None:
         tensors = [value for group in state.values() for value in group.values()]
-        self.is_cuda = any(value.is_cuda for value in tensors)
+        self.device = next((v.device for v in tensors if v.is_cuda), None)
         self.state = {
             group: {
                 name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -107,13 +107,15 @@ class _Staging:
             for name, value in tensors.items():
                 copy = local(self.state[group][name])
                 copy.copy_(local(value), non_blocking=True)
-        if self.is_cuda:
+        if self.device is not None:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
     def wait(self) -> None:
         """Until the copy is there."""
         if self._copied is not None:
+            # A new thread is at the first GPU, and would take memory there.
+            torch.cuda.set_device(self.device)
             self._copied.synchronize()
 
     def check_finite(self) -> None:
@@ -405,7 +407,7 @@ class Checkpointer:
             self._together(lambda: self._is_main and finish(folder, entries, texts))
         except FAILURES:
             if self._is_main:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(Exception):  # as in _together
                     folder.remove()
             raise
         if self._is_main:
@@ -427,14 +429,14 @@ class Checkpointer:
 
     def _drop(self, newest: int) -> None:
         """Remove what need not be kept, and what interrupted saves have left."""
-        complete, every = self.steps(), self.settings.keep_every
-        kept = set(complete[-self.settings.keep :])
-        kept |= {step for step in complete if every and step % every == 0}
         try:
+            complete, every = self.steps(), self.settings.keep_every
+            kept = set(complete[-self.settings.keep :])
+            kept |= {step for step in complete if every and step % every == 0}
             for step in steps_in(self.folder):
                 if step < newest and step not in kept:
                     self.path(step).remove()
-        except OSError as error:
+        except Exception as error:  # as in _together
             log.warning(f"cannot remove old checkpoints in {self.folder} ({error})")
 
 

@@ -650,6 +650,7 @@ def check_config(config: Config) -> None:
     _check_buckets(config)
     _check_graph(config)
     _check_patience(config.validation)
+    _check_time_limits(config)
     if config.seraena.enable:
         _check_seraena(config)
 
@@ -741,6 +742,15 @@ def _check_graph(config: Config) -> None:
         raise UserError(
             "compile.cuda_graph = true cannot hold the optimizer that "
             "parallelism.cpu_offload keeps on the CPU: take one of them"
+        )
+
+
+def _check_time_limits(config: Config) -> None:
+    limit, longest = config.checkpoint.time_limit, config.training.start_timeout
+    if limit >= longest:
+        raise UserError(
+            f"checkpoint.time_limit = {limit} must be less than training.start_timeout "
+            f"= {longest:g}, which ends a run that only saves: raise that"
         )
 
 

@@ -73,7 +73,7 @@ def started(
         try:
             # torchrun's store remembers the processes that it has started anew
             # since (github.com/pytorch/pytorch/issues/135712).
-            store = meeting_store() if _has_one_agent() else None
+            store = meeting_store(attempt()) if _has_one_agent() else None
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=patience
             )
@@ -89,19 +89,30 @@ def started(
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield World(rank, size, chosen, make_mesh(chosen, parallelism, size))
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL would first wait for what the others still take part in.
+        if size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
-def meeting_store() -> dist.Store:
+def attempt() -> int:
+    """How often this machine's torchrun has started its processes anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def meeting_store(attempt: int) -> dist.Store:
     """A connection of its own to the store in which torchrun lets processes meet.
 
     One connection serves one call at a time, and other threads wait in theirs.
+
+    Args:
+        attempt: the same on all processes that are to meet.
     """
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"attempt {attempt}", store)
 
 

@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -31,7 +32,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Run an entry point and end the process.
 
     A UserError becomes one line on stderr and exit code 2, a RestartError a line and
-    RESTART_CODE, Ctrl-C a line and the usual 130.
+    RESTART_CODE, Ctrl-C a line and the usual 130, anything else its traceback and 1.
     """
     code = _exit_code(main)
     # Python's own end would kill a thread of gloo that gives back the last tensor just
@@ -63,4 +64,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         return INTERRUPT_CODE
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from taehv.weights import export_weights
@@ -80,6 +81,14 @@ class Exports:
         """Try again what is missing (a collective), which costs nothing else."""
         if self.missing:
             self._try()
+
+    def about(self, name: str) -> dict[str, str]:
+        """What the weights of a name are; empty where there are none."""
+        try:
+            with safe_open(self.folder / f"{name}.safetensors", "pt") as file:
+                return file.metadata() or {}
+        except (OSError, SafetensorError):
+            return {}
 
     def _try(self) -> None:
         reason = self._write_all() if self._is_main else ""

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -76,9 +77,12 @@ def train(config: Config) -> None:
     Raises:
         UserError: anything a user got wrong, in one line that names the cure.
     """
-    with started(config.parallelism, config.training.device) as world:
+    training = config.training
+    folder, patience = config.job.folder, training.start_timeout
+    # The watchdog is the first to end a wait, and says whom it waited for.
+    longest = timedelta(seconds=60 + max(patience, training.step_timeout))
+    with started(config.parallelism, training.device, longest) as world:
         set_up_console(world.rank)
-        folder, patience = config.job.folder, config.training.start_timeout
         with (
             StopSignal() as stop,
             Watchdog(world, stop, folder / "stalled", patience) as watchdog,
@@ -95,6 +99,8 @@ class Counts:
     step: int = 0
     samples: int = 0
     skipped: int = 0
+    bad_clips: int = 0
+    """Replaced, on all processes; known at each save."""
 
 
 @dataclass
@@ -271,10 +277,24 @@ class Trainer:
         gpu = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
         sizes = (" x ".join(map(str, shape[:3])) for shape in data.shapes)
         kind = f"{' or '.join(sizes)}, {model.variant}, {self.dtype} on {gpu}"
+        kind += self._memory_told()
         path = self.folder / "local_batch.json"
         local_batch = LocalBatch(self.config.training, data, path, kind)
         local_batch.choose(self._attempt)
         return local_batch
+
+    def _memory_told(self) -> str:
+        """What else decides how much memory a clip takes, where it is not as usual."""
+        config = self.config
+        told = {
+            config.model.trained + " alone": config.model.trained != "both",
+            "activation checkpointing": config.training.activation_checkpointing,
+            "CPU offload": config.parallelism.cpu_offload,
+            "guidance": config.seraena.enable,
+            "consistency": bool(config.loss.consistency_weight),
+            f"teacher {config.teacher.kind}": self.teacher is not None,
+        }
+        return "".join(f", {name}" for name, is_so in told.items() if is_so)
 
     def _attempt(self, clips: int) -> None:
         """A forward and backward pass on a copy of the model, not compiled."""
@@ -447,7 +467,13 @@ class Trainer:
         for key, (old, new) in changed.items() if self.world.is_main else ():
             log.warning(f"not the settings of {origin}: {key}: {old} -> {new}")
 
+    def _count_bad_clips(self) -> None:
+        """Those since the last save on all processes (a collective)."""
+        self.counts.bad_clips += int(sum_over_ranks(torch.tensor(self.bad_clips)))
+        self.bad_clips = 0
+
     def _save(self) -> None:
+        self._count_bad_clips()
         self.exports.retry()
         texts = texts_beside(self._about(), dumps(self.config))
         self.checkpointer.save(self.counts.step, self._state(), texts)
@@ -739,13 +765,14 @@ class Trainer:
                 f"validation.best = {settings.best} is not measured here: take one of "
                 f"{', '.join(result.means)}"
             )
-        if self.log is not None:
-            tell(result, self.log, self.counts.step, self.folder)
         self.best.see({"step": self.counts.step, **result.scalars()})
         best = self.best.best
-        # The weights that a run begins with are there.
+        # The weights that a run begins with are there. Told last: a validation that is
+        # told is not repeated.
         if best is not None and best.step == self.counts.step > 0:
             self.exports.write("best", "best", weights, self._about())
+        if self.log is not None:
+            tell(result, self.log, self.counts.step, self.folder)
         self.is_stale = self._has_no_patience()
 
     def _has_no_patience(self) -> bool:
@@ -764,9 +791,11 @@ class Trainer:
         self._progress("finishing", is_long=True)
         self.checkpointer.wait()
         while self.checkpointer.saved_step != self.counts.step:
+            self._progress("saving", is_long=True)
             self._save()
             self.checkpointer.wait()
-        bad_clips = int(sum_over_ranks(torch.tensor(self.bad_clips)))
+        self._progress("finishing", is_long=True)
+        self._count_bad_clips()
         if self.log is not None:
             self.log.close()
         if self.counts.step < self.config.training.steps and not self.is_stale:
@@ -784,7 +813,7 @@ class Trainer:
                 "same command exports the last weights"
             )
         if self.log is not None:
-            print(self._summary(bad_clips), flush=True)
+            print(self._summary(), flush=True)
 
     def _about(self) -> dict[str, str]:
         """What the weights are, for whoever loads them."""
@@ -805,7 +834,7 @@ class Trainer:
         step, interval = self.counts.step, self.config.checkpoint.export_interval
         return bool(interval) and step % interval == 0
 
-    def _summary(self, bad_clips: int) -> str:
+    def _summary(self) -> str:
         folder, step, run = self.folder, self.counts.step, self.log
         lines = ["", f"{self.config.job.name}: {step} steps done"]
         if self.is_stale:
@@ -824,8 +853,8 @@ class Trainer:
             "and .safetensors",
             *self._told_best(),
             f"  checkpoint       {self.checkpointer.path(step)}",
-            f"  skipped          {self.counts.skipped} steps, {bad_clips} clips of "
-            "bad videos replaced",
+            f"  skipped          {self.counts.skipped} steps, {self.counts.bad_clips} "
+            "clips of bad videos replaced",
             f"  curves           tensorboard --logdir {folder}/tensorboard, or "
             f"python -m taehv.report {folder}",
             "  next             train longer: raise --training.steps; on your own "
@@ -838,7 +867,7 @@ class Trainer:
         best, name = self.best.best, self.best.name
         if best is None or best.step in (0, self.counts.step):
             return []
-        if not (self.exports.folder / "best.pth").exists():
+        if self.exports.about("best").get("step") != str(best.step):
             return [f"  best so far      {name} {best.value:.4g} at step {best.step}"]
         return [
             f"  best weights     {self.folder}/export/best.pth and .safetensors: "

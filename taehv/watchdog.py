@@ -8,16 +8,19 @@ import os
 import sys
 import threading
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from taehv.distributed import StopSignal, World, meeting_store
+from taehv.distributed import StopSignal, World, attempt, from_main, meeting_store
 from taehv.errors import RESTART_CODE
 
 TICK = 1.0
 """Seconds between two looks."""
+REPORT_SECONDS = 30.0
+"""After which a process that stands still ends without its report."""
 LOOKS = 3
 """Looks without a sign of life after which a process counts as dead."""
 
@@ -50,7 +53,8 @@ class Watchdog:
         limit: float = math.inf,
     ) -> None:
         self.world, self.stop, self.folder = world, stop, folder
-        self._store = meeting_store() if world.size > 1 else None
+        # Machines do not count their attempts alike.
+        self._store = meeting_store(from_main(attempt())) if world.size > 1 else None
         self._ticks = 0
         self._is_asking = False
         self._heard: list[dict[int, str]] = []
@@ -116,10 +120,21 @@ class Watchdog:
 
     def _end_stalled(self) -> None:
         """Report and leave: nothing else ends a thread that waits in a collective."""
+        # Whatever the report may wait for, such as a disk or a dead machine.
+        last_resort = threading.Timer(REPORT_SECONDS, os._exit, [RESTART_CODE])
+        last_resort.daemon = True
+        last_resort.start()
+        try:
+            self._report()
+        finally:
+            os._exit(RESTART_CODE)
+
+    def _report(self) -> None:
         limit, standing = self._limit, self._standing()
         self._ended.set()
         if self._heard:
-            self._tell(ENDED)  # and not silent, for those that still look
+            with suppress(dist.DistError):
+                self._tell(ENDED)  # and not silent, for those that still look
         try:
             self._dump()
             stacks = f"stacks are in {self.folder}"
@@ -128,7 +143,6 @@ class Watchdog:
         if standing:
             line = f"error: no progress in {limit:.0f} s: {standing}; {stacks}"
             print(line, file=sys.stderr, flush=True)
-        os._exit(RESTART_CODE)
 
     def _standing(self) -> str:
         """Where all processes are; empty on all but the first of those that answer."""

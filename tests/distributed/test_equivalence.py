@@ -39,7 +39,7 @@ def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         (2, {"training__local_batch_size": 1}),
         (2, {"parallelism__mode": "fsdp"}),
         (2, {"parallelism__mode": "fsdp", "parallelism__cpu_offload": "true"}),
-        (2, {"parallelism__mode": "hsdp", "parallelism__shard_size": 1}),
+        (4, HSDP),
         (
             2,
             {

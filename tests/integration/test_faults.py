@@ -139,14 +139,14 @@ def test_bad_data_is_counted(videos: Path, tmp_path: Path) -> None:
     for number in range(5):
         (folder / f"corrupt{number}.mp4").write_text("not a video")
     run = Run(tmp_path, folder, **SETTINGS)
-    output = run.finish(
-        2,
-        training__steps=42,
-        training__precision="fp32",
-        training__gc_interval=10,
-        optim__spike_factor=10,
-        teacher__path="22=nan,153=1e6",
-    )
+    run.settings |= {
+        "training.precision": "fp32",
+        "training.gc_interval": 10,
+        "optim.spike_factor": 10,
+        "teacher.path": "22=nan,153=1e6",
+    }
+    output = run.finish(2, training__steps=38)
+    output += run.finish(2, training__steps=42)  # what is usual goes on, and the counts
     records = run.metrics()
     assert [record["step"] for record in records] == list(range(1, 43))
     assert [r["step"] for r in records if r["loss"] is None] == [6]

@@ -172,6 +172,8 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     # Of equal shapes, but of another latent space.
     refused = run.finish(code=2, model__variant="taew2_1")
     assert "is of model.variant taehv, not taew2_1" in refused
+    refused = run.finish(code=2, training__seed=1)
+    assert "training.seed has changed since; take it back, or choose" in refused
 
 
 def test_the_best_weights_are_kept_and_patience_ends_a_run(
@@ -193,8 +195,11 @@ def test_the_best_weights_are_kept_and_patience_ends_a_run(
             assert file.metadata()["step"] == step
     before = run.metrics()
     (run.folder / "validation.jsonl").unlink()  # the checkpoint knows it, too
+    best = run.folder / "export/best.safetensors"
+    best.write_bytes((run.folder / "export/taehv.safetensors").read_bytes())
     output = run.finish(**spoiled)
-    assert "12 steps done, ended early" in output and "at step 6" in output
+    assert "12 steps done, ended early" in output
+    assert "best so far" in output and "at step 6" in output  # not in that file
     assert run.metrics() == before and len(before) == 12
 
 

@@ -203,6 +203,22 @@ def test_keep_every(tmp_path: Path) -> None:
     assert checkpointer.steps() == [4, 8, 10, 11]
 
 
+def test_a_folder_that_cannot_be_cleared_costs_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: Callable
+) -> None:
+    """By whatever error its file system has."""
+    checkpointer = checkpoints(tmp_path, 1)
+
+    def fails() -> list[int]:
+        raise EOFError("mount is gone")
+
+    monkeypatch.setattr(checkpointer, "steps", fails)
+    checkpointer.save(2, tensors(2), {})
+    checkpointer.wait()
+    assert checkpointer.saved_step == 2
+    assert [line for line in told() if "cannot remove old checkpoints" in line]
+
+
 # Finding
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Running
 
 from taehv.config import Data, Parallelism, Training, read_config
 from taehv.distributed import started
@@ -113,33 +111,3 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('{"clips": ')
     with pytest.raises(UserError, match="is damaged: delete it"):
         local_batch(tmp_path).choose(Memory(0))
-
-
-PROCESS = """
-import sys
-import torch
-from taehv.config import Parallelism
-from taehv.distributed import started
-from taehv.errors import run_command
-from taehv.local_batch import largest_that_fits
-
-def main():
-    with started(Parallelism(), "cpu") as world:
-        room = (5, 3)[world.rank]
-
-        def attempt(clips):
-            if clips > room:
-                raise torch.cuda.OutOfMemoryError("no room")
-
-        sys.stdout.write(f"found {largest_that_fits([8, 4, 2, 1], attempt)}\\n")
-
-run_command(main)
-"""
-
-
-def test_processes_agree_on_the_least(tmp_path: Path) -> None:
-    (tmp_path / "agree.py").write_text(PROCESS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", tmp_path / "agree.py"]
-    root = str(Path(__file__).parent.parent.parent)
-    assert Running(command, PYTHONPATH=root).end().count("found 2") == 2
