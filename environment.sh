@@ -22,5 +22,8 @@ else
         python3 -m venv ${system:-} .venv
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements"
         printf '%s' "$wanted" > "$installed"
+        # The tests' requirements hold the others.
+        printf '%s' "$(cat requirements.txt requirements.txt)" \
+            > .venv/installed-requirements.txt
     fi
 fi

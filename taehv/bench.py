@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from taehv import measure
 from taehv.augment import Upload
 from taehv.clips import Batch
-from taehv.config import Config, load_config
+from taehv.config import load_config
 from taehv.data import ClipDataset
 from taehv.distributed import (
     World,
@@ -41,6 +41,7 @@ from taehv.pretrained import initial_model
 from taehv.reference import LEARNING_RATE, PublishedStep, published
 from taehv.reference_seraena import PublishedSeraena
 from taehv.sampler import Steps, toss
+from taehv.sections import Config
 from taehv.seraena import Seraena, new_discriminator, new_view
 from taehv.step import StepResult, TrainingStep
 from taehv.variants import VARIANTS

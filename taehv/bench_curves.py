@@ -10,8 +10,8 @@ import torch
 from taehv import measure
 from taehv.bench import REFERENCES, Bench, Student, clips_of, way_settings
 from taehv.clips import Batch
-from taehv.config import Config
 from taehv.errors import UserError
+from taehv.sections import Config
 
 POINTS = 10
 """Parts of a curve, over each of which losses are averaged and then compared."""

@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 
 from taehv.bench import Bench
-from taehv.config import Data
 from taehv.data import ClipDataset
 from taehv.errors import UserError
 from taehv.files import FileList, Source
 from taehv.measure import Report
+from taehv.sections import Data
 from taehv.video import probe
 
 COLUMNS = {"video": 24, "way": 20, "clips/core-s": 12, "clips": 5}

@@ -26,7 +26,7 @@ from torch import Tensor
 from taehv.augment import to_frames
 from taehv.bench import Bench, Student
 from taehv.clips import Batch
-from taehv.config import Config, Parallelism, dumps
+from taehv.config import dumps
 from taehv.data import validation_batches
 from taehv.distributed import (
     StopSignal,
@@ -44,6 +44,7 @@ from taehv.metrics import clip_psnr
 from taehv.model import TAEHV
 from taehv.perceptual import load_measures
 from taehv.pool import Pool
+from taehv.sections import Config, Parallelism
 from taehv.study import Record, Results, Study, Task, settings_told, write_report
 from taehv.teacher import load_teacher
 from taehv.validate import ValidationResult, validate

@@ -30,12 +30,12 @@ from taehv.bench import (
 )
 from taehv.cache import Cache, CacheDataset
 from taehv.clips import Batch
-from taehv.config import Config
 from taehv.distributed import World
 from taehv.loader import ClipLoader
 from taehv.losses import Targets
 from taehv.measure import Cost
 from taehv.sampler import Steps
+from taehv.sections import Config
 from taehv.teacher import Teacher, load_teacher
 
 VARIANT, KIND = "taecvx", "cogvideox"

@@ -21,9 +21,9 @@ from taehv.bench import (
     form_settings,
     way_settings,
 )
-from taehv.config import Config
 from taehv.model import TAEHV
 from taehv.reference import published
+from taehv.sections import Config
 
 STEP_COLUMNS = {
     "size": 11,

@@ -25,11 +25,11 @@ from taehv.bench_recipe import bench_recipe
 from taehv.bench_start import bench_start
 from taehv.bench_teacher import bench_teacher
 from taehv.bench_train import bench_train
-from taehv.config import Parallelism
 from taehv.distributed import started
 from taehv.errors import UserError, run_command
 from taehv.logging import set_up_console
 from taehv.measure import Report
+from taehv.sections import Parallelism
 
 PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "train": (bench_train, "training steps; the default"),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from taehv.clips import Batch, Work
-from taehv.config import Data
+from taehv.sections import Data
 
 TOLD_AFTER_SECONDS = 60
 """A start is slow for other reasons, and short stretches say little."""

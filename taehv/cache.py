@@ -30,11 +30,11 @@ from torch.utils.data import Dataset
 
 from taehv.augment import color_transform
 from taehv.clips import Batch, Clip, collate
-from taehv.config import Data
 from taehv.errors import UserError
 from taehv.files import FileList
 from taehv.loader import worker_count
 from taehv.sampler import CACHED_CROP, Buckets, draw, permute
+from taehv.sections import Data
 from taehv.variants import VARIANTS, Variant
 
 log = logging.getLogger("taehv")

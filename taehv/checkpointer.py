@@ -33,10 +33,10 @@ from taehv.checkpoint import (
     step_folder,
     steps_in,
 )
-from taehv.config import Checkpoint
 from taehv.distributed import check_agreement
 from taehv.errors import UserError
 from taehv.optim import local
+from taehv.sections import Checkpoint
 from taehv.storage import Damaged, Folder, verify
 
 log = logging.getLogger("taehv")

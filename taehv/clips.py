@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taehv.config import Data
+from taehv.sections import Data
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from taehv.augment import color_transform
 from taehv.clips import Batch, Clip, Degradation, Failure, Work, collate
-from taehv.config import Data, Shape, read_config
+from taehv.config import read_config
 from taehv.errors import UserError, run_command
 from taehv.files import Files
 from taehv.index import index_command
@@ -39,6 +39,7 @@ from taehv.sampler import (
     draw,
     permute,
 )
+from taehv.sections import Data, Shape
 from taehv.video import Crop, Tally, VideoError, decode_window
 
 ATTEMPTS = 100

@@ -27,8 +27,8 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from taehv.config import Compile, Parallelism
 from taehv.errors import INTERRUPT_CODE, STOPPED, UserError
+from taehv.sections import Compile, Parallelism
 
 COMPILED = Path("~/.cache/taehv/inductor")
 SHAPES = 64

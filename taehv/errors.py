@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import difflib
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
@@ -26,6 +27,18 @@ STOPPED = "stopped at once"
 
 class RestartError(RuntimeError):
     """An end from which the same command goes on; the text is one line."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what it may be meant for."""
+    known = sorted(known)
+    # A section's name is so long a part of a key that the right key in the wrong
+    # section would look less like it than a wrong key in that section.
+    last = name.lstrip("-").split(".")[-1]
+    elsewhere = [key for key in known if key.split(".")[-1] == last]
+    match = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0)
+    match = match or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -40,8 +40,6 @@ from taehv.comparison import (
     summary_rows,
 )
 from taehv.comparison_page import write_comparison
-from taehv.config import Data
-from taehv.config import Teacher as TeacherSettings
 from taehv.errors import UserError, run_command
 from taehv.files import FileList
 from taehv.logging import set_up_console
@@ -63,6 +61,8 @@ from taehv.pretrained import (
     load_model,
     place,
 )
+from taehv.sections import Data
+from taehv.sections import Teacher as TeacherSettings
 from taehv.teacher import Teacher, check_teacher, load_teacher
 from taehv.variants import FRAME_RULES, Variant
 from taehv.video import Crop, VideoError, decode_window, probe

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from taehv.config import Data
 from taehv.errors import UserError
+from taehv.sections import Data
 from taehv.urls import fixed_part, is_url, read_bytes, search
 from taehv.video import IMAGE_SUFFIXES
 

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from taehv.config import Config, Data
 from taehv.errors import UserError
 from taehv.files import FileList, Files, Source, sources_of, split_all
+from taehv.sections import Config, Data
 from taehv.urls import is_url, stamp
 from taehv.video import VideoError, is_image, probe
 

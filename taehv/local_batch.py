@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from taehv.config import Config, Data, Training
 from taehv.distributed import from_main
 from taehv.errors import RestartError, UserError
+from taehv.sections import Config, Data, Training
 
 log = logging.getLogger("taehv")
 

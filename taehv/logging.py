@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from taehv.board import Board
-from taehv.config import Logging
+from taehv.sections import Logging
 from taehv.writing import GrowingFile, write_text
 
 log = logging.getLogger("taehv")

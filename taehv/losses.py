@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from taehv.config import Loss
 from taehv.errors import UserError
 from taehv.model import TAEHV
+from taehv.sections import Loss
 from taehv.variants import Variant
 
 CHARBONNIER_EPS = 1e-3

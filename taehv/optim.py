@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from taehv.config import Optim
 from taehv.muon import Matrix, Muon
+from taehv.sections import Optim
 
 HISTORY = 64
 """Norms of gradients of which the median is taken."""

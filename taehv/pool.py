@@ -15,11 +15,11 @@ from torch import Tensor
 from taehv.augment import to_frames
 from taehv.cache import place_crop
 from taehv.clips import Batch
-from taehv.config import Data
 from taehv.data import ClipDataset
 from taehv.files import Files
 from taehv.loader import ClipLoader
 from taehv.sampler import Steps, permute
+from taehv.sections import Data
 from taehv.teacher import Teacher
 from taehv.variants import Variant
 

@@ -39,14 +39,7 @@ from taehv.cache import (
     write_about,
 )
 from taehv.clips import Batch, Clip, collate
-from taehv.config import (
-    Config,
-    Data,
-    Parallelism,
-    check_frames,
-    check_size,
-    read_config,
-)
+from taehv.config import read_config
 from taehv.data import ClipDataset, validation_batches
 from taehv.distributed import (
     StopSignal,
@@ -61,7 +54,9 @@ from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.logging import clock, log, set_up_console
 from taehv.losses import aligned, psnr
+from taehv.rules import check_frames, check_size
 from taehv.sampler import SAMPLER_VERSION
+from taehv.sections import Config, Data, Parallelism
 from taehv.teacher import Teacher, check_teacher, load_teacher
 from taehv.variants import VARIANTS
 from taehv.watchdog import Watchdog

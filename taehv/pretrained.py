@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from taehv.checkpoint import load_weights
-from taehv.config import Model
 from taehv.distributed import compute_dtype
 from taehv.errors import UserError
 from taehv.model import TAEHV
+from taehv.sections import Model
 from taehv.variants import VARIANTS
 from taehv.weights import load_state_dict_file
 

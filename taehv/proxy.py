@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from taehv.config import Config, Proxy
 from taehv.errors import UserError
 from taehv.files import FileList, sources_of
 from taehv.index import list_files
 from taehv.loader import worker_count
+from taehv.sections import Config, Proxy
 from taehv.urls import is_url
 from taehv.video import VideoError, is_image, reencode
 

@@ -24,10 +24,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from taehv import page
 from taehv.best import best_validation
-from taehv.config import Config
 from taehv.errors import UserError, run_command
 from taehv.metrics import DECODER, MEASURES, measure_of
 from taehv.page import COLORS, Series
+from taehv.sections import Config
 
 POINTS = 300
 """The most of one line: a longer one shows means of as many steps as it takes."""

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taehv.config import Data
 from taehv.errors import UserError
+from taehv.sections import Data
 
 SAMPLER_VERSION = 1
 """Changes whenever the same (seed, sample number) would give another clip."""

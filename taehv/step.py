@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from taehv.config import Loss
 from taehv.distributed import mean_over_ranks, set_gradient_sync
 from taehv.losses import (
     Decoded,
@@ -27,6 +26,7 @@ from taehv.losses import (
 )
 from taehv.model import TAEHV
 from taehv.optim import Ema, Optimizer
+from taehv.sections import Loss
 from taehv.seraena import Part, Seraena
 
 Kind = Literal["alone", "guided", "learning"]

@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from taehv.cache import check_fit
-from taehv.config import Config, dumps, load_config
+from taehv.config import dumps, load_config
 from taehv.errors import UserError
 from taehv.metrics import Estimate, estimate
 from taehv.pool import PoolSize
+from taehv.sections import Config
 from taehv.variants import VARIANTS
 from taehv.visualize import picture_strip
 

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from taehv.config import Teacher as TeacherSettings
 from taehv.errors import UserError
+from taehv.sections import Teacher as TeacherSettings
 from taehv.variants import FRAME_RULES, VARIANTS, CountRule
 
 
@@ -387,7 +387,7 @@ def load_teacher(
     """The teacher that the settings name, or None where they name none.
 
     Args:
-        settings: checked by `taehv.config.check_config`.
+        settings: checked by `taehv.rules.check_config`.
         device: where it runs.
         compile: compile the encoder of a built-in kind with torch.compile.
 

@@ -24,7 +24,7 @@ from taehv.cache import Cache, CacheDataset, cached_batches
 from taehv.checkpoint import load, read_about, read_config, training_state
 from taehv.checkpointer import Checkpointer, Saved, texts_beside
 from taehv.clips import Batch, collate
-from taehv.config import Config, changes, dumps
+from taehv.config import changes, dumps
 from taehv.data import ClipDataset, validation_batches
 from taehv.distributed import (
     StopSignal,
@@ -53,6 +53,7 @@ from taehv.optim import Ema, learning_rate, new_optimizer
 from taehv.perceptual import load_measures
 from taehv.pretrained import initial_model
 from taehv.sampler import SAMPLER_VERSION, Buckets, Steps, toss
+from taehv.sections import Config
 from taehv.seraena import (
     SERAENA_GROUPS,
     CollapseWatch,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,9 +18,9 @@ from fsspec.core import url_to_fs
 from taehv.errors import UserError
 
 
-def is_url(location: str) -> bool:
+def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether it names a place for fsspec, not a path."""
-    return "://" in location
+    return "://" in os.fspath(location)
 
 
 def file_system(url: str) -> tuple[AbstractFileSystem, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import resource
 import signal
@@ -169,6 +170,15 @@ class Running:
             running = cls._all.pop()
             if running._process.poll() is None:
                 running.kill()
+
+
+@pytest.fixture(autouse=True)
+def _messages() -> Iterator[None]:
+    """Messages reach pytest whatever a command has set up in this process before."""
+    log = logging.getLogger("taehv")
+    log.handlers, log.propagate, log.level = [], True, logging.NOTSET
+    yield
+    log.handlers, log.propagate, log.level = [], True, logging.NOTSET
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from conftest import ROOT, Running
 PROCESS = """
 import sys
 import torch
-from taehv.config import Parallelism
+from taehv.sections import Parallelism
 from taehv.distributed import check_agreement, started
 from taehv.errors import UserError, run_command
 from taehv.local_batch import largest_that_fits

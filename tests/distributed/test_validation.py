@@ -15,10 +15,10 @@ from conftest import ROOT
 
 from taehv.augment import color_transform
 from taehv.clips import Clip, collate
-from taehv.config import Parallelism
 from taehv.distributed import StopSignal, started
 from taehv.errors import run_command
 from taehv.model import TAEHV
+from taehv.sections import Parallelism
 from taehv.validate import validate
 
 FRAMES, SIDE = 5, 16

@@ -23,12 +23,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from taehv.augment import to_frames
-from taehv.config import Data
 from taehv.data import ClipDataset
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.losses import psnr
 from taehv.sampler import Steps
+from taehv.sections import Data
 
 ROOT = Path(__file__).parent.parent.parent
 KL_WEIGHT = 1e-6

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from taehv.config import Compile, Teacher
 from taehv.distributed import prepare_networks
+from taehv.sections import Compile, Teacher
 from taehv.teacher import load_teacher
 
 ROOT = Path(__file__).parent.parent.parent

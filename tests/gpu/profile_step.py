@@ -14,9 +14,10 @@ import torch
 from taehv import measure
 from taehv.bench import Settings, Student, synthetic_batches
 from taehv.benchmark import about
-from taehv.config import Parallelism, load_config
+from taehv.config import load_config
 from taehv.distributed import World, started
 from taehv.measure import Limits
+from taehv.sections import Parallelism
 
 LAYOUT = re.compile(
     r"nchwToNhwc|nhwcToNchw|convertTensor|AddPadding|transpose|Memcpy|copy|clone", re.I

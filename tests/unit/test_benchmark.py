@@ -18,10 +18,11 @@ from conftest import Run
 from taehv.bench import Bench, Size, Student, clips_of
 from taehv.bench_memory import Attempt, attempt, largest_batch
 from taehv.benchmark import main
-from taehv.config import Parallelism, load_config
+from taehv.config import load_config
 from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.measure import Report
+from taehv.sections import Parallelism
 from taehv.trainer import train
 
 

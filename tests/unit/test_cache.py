@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 import os
 import random
 import re
@@ -13,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,13 +38,14 @@ from taehv.cache import (
     write_about,
 )
 from taehv.clips import Batch, Clip, collate
-from taehv.config import Data, Teacher, read_config
+from taehv.config import read_config
 from taehv.data import ClipDataset, ValidationDataset
 from taehv.errors import UserError
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.precompute import precompute
 from taehv.sampler import Steps
+from taehv.sections import Data, Teacher
 from taehv.teacher import load_teacher
 
 CPU = torch.device("cpu")
@@ -70,15 +69,6 @@ SMALL = {
     "training.seed": 7,
 }
 """Three shards of 4 + 2, 4 + 2 and 2 windows, and one of validation clips."""
-
-
-@pytest.fixture(autouse=True)
-def console() -> Iterator[None]:
-    """Messages reach pytest whatever a command has set up."""
-    log = logging.getLogger("taehv")
-    before = log.handlers, log.propagate, log.level
-    yield
-    log.handlers, log.propagate, log.level = before
 
 
 @pytest.fixture(scope="module")

@@ -30,10 +30,10 @@ from taehv.checkpoint import (
     training_state,
 )
 from taehv.checkpointer import Checkpointer, texts_beside
-from taehv.config import Checkpoint, Optim, Parallelism
 from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.optim import Ema, Optimizer
+from taehv.sections import Checkpoint, Optim, Parallelism
 from taehv.storage import MANIFEST, Folder, write_manifest
 
 ABOUT = {"variant": "taehv", "step": "3"}

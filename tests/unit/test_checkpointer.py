@@ -14,9 +14,10 @@ from torch import Tensor
 
 from taehv.checkpoint import METADATA, State, load
 from taehv.checkpointer import Checkpointer, Saved, texts_beside
-from taehv.config import Checkpoint, Config, Parallelism, dumps
+from taehv.config import dumps
 from taehv.distributed import started
 from taehv.errors import UserError
+from taehv.sections import Checkpoint, Config, Parallelism
 from taehv.storage import MANIFEST, Folder, HashedFiles
 
 

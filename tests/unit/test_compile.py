@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taehv.config import Compile
 from taehv.distributed import compile_in_place, keep_compiled_code, take_cores
+from taehv.sections import Compile
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CPU = torch.device("cpu")

@@ -15,17 +15,11 @@ from typing import Any
 
 import pytest
 
-import taehv.config
-from taehv.config import (
-    INDIFFERENT,
-    LIMITS,
-    Config,
-    changes,
-    check_paths,
-    dumps,
-    load_config,
-)
+import taehv.sections
+from taehv.config import INDIFFERENT, changes, dumps, load_config
 from taehv.errors import UserError
+from taehv.rules import LIMITS, check_paths
+from taehv.sections import Config
 
 ROOT = Path(__file__).parent.parent.parent
 DEFAULTS = {
@@ -690,7 +684,7 @@ def test_help_explains_every_setting() -> None:
 
 
 def test_every_setting_is_explained_in_the_source() -> None:
-    tree = ast.parse(Path(taehv.config.__file__).read_text())
+    tree = ast.parse(Path(taehv.sections.__file__).read_text())
     sections = {type(section) for section in vars(Config()).values()}
     bodies = {
         node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)
@@ -711,7 +705,7 @@ def test_every_setting_is_explained_in_the_source() -> None:
 def test_every_setting_is_read_somewhere() -> None:
     read = {
         node.attr
-        for path in Path(taehv.config.__file__).parent.glob("*.py")
+        for path in Path(taehv.sections.__file__).parent.glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute)
     }

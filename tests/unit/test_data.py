@@ -22,13 +22,13 @@ import taehv.loader
 import taehv.sampler
 from taehv.augment import color_transform, to_frames
 from taehv.clips import Batch, Clip, Failure, collate
-from taehv.config import Data
 from taehv.data import ClipDataset, ValidationDataset, validation_batches
 from taehv.errors import UserError
 from taehv.files import FileList, split
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader, check_shared_memory, worker_count
 from taehv.sampler import Steps, draw, permute
+from taehv.sections import Data
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from taehv.config import Teacher
 from taehv.errors import UserError
+from taehv.sections import Teacher
 from taehv.teacher import DiffusersTeacher, check_teacher, load_teacher
 from taehv.variants import VARIANTS
 

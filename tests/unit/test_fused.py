@@ -15,8 +15,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taehv import TAEHV, VARIANTS, StreamingTAEHV, fused
-from taehv.config import Loss
 from taehv.losses import Targets, training_losses
+from taehv.sections import Loss
 
 aten = torch.ops.aten
 PREVIEWS = [

@@ -15,7 +15,6 @@ import pytest
 from numbered_video import make_video
 
 import taehv.index
-from taehv.config import Data
 from taehv.errors import UserError
 from taehv.files import FileList, Source
 from taehv.index import (
@@ -27,6 +26,7 @@ from taehv.index import (
     open_index,
     update_index,
 )
+from taehv.sections import Data
 
 ROOT = Path(taehv.index.__file__).parent.parent
 

@@ -17,6 +17,8 @@ GROUND, LEAF, COMPONENT, TRAINER, COMMAND = range(5)
 LAYERS = {
     "errors": GROUND,
     "variants": GROUND,
+    "sections": GROUND,
+    "rules": GROUND,
     "config": GROUND,
     "distributed": COMPONENT,
     "seraena": COMPONENT,
@@ -109,7 +111,14 @@ def test_the_model_comes_without_the_trainer() -> None:
     ours = {name for name in loaded if name.startswith("taehv.")}
     assert {"taehv.model", "taehv.streaming", "taehv.variants"} <= ours
     assert {layer(name.removeprefix("taehv.")) for name in ours} == {GROUND, LEAF}
-    heavy = {"taehv.data", "taehv.video", "taehv.config", "av", "tensorboard"}
+    heavy = {
+        "taehv.data",
+        "taehv.video",
+        "taehv.config",
+        "taehv.rules",
+        "av",
+        "tensorboard",
+    }
     assert not loaded & heavy
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from taehv.config import Data, Parallelism, Training, read_config
+from taehv.config import read_config
 from taehv.distributed import started
 from taehv.errors import RestartError, UserError
 from taehv.local_batch import LocalBatch, check_probe
+from taehv.sections import Data, Parallelism, Training
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from taehv.config import Logging
 from taehv.logging import (
     RunLog,
     clock,
@@ -19,6 +17,7 @@ from taehv.logging import (
     set_up_console,
     truncate_records,
 )
+from taehv.sections import Logging
 
 SPEED = {"clips_per_second": 4.0}
 
@@ -29,12 +28,9 @@ def record(step: int, loss: float = 0.5) -> dict[str, float]:
 
 
 @pytest.fixture(autouse=True)
-def _console() -> Iterator[None]:
-    """Messages as in a training; afterwards as before."""
-    before = log.handlers, log.propagate, log.level
+def _console(_messages: None) -> None:
+    """Messages as in a training."""
     set_up_console(0)
-    yield
-    log.handlers, log.propagate, log.level = before
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from taehv import TAEHV, VARIANTS
-from taehv.config import Loss
 from taehv.losses import (
     Targets,
     aligned,
@@ -24,6 +23,7 @@ from taehv.losses import (
     training_losses,
 )
 from taehv.model import MemoryBlock, TGrow, TPool
+from taehv.sections import Loss
 
 # Formulas
 

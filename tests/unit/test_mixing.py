@@ -16,13 +16,14 @@ import taehv.bottleneck
 from taehv.augment import to_frames
 from taehv.bottleneck import Bottleneck
 from taehv.clips import Batch, Clip, Degradation, Work, collate
-from taehv.config import Data, Shape, load_config
+from taehv.config import load_config
 from taehv.data import ClipDataset
 from taehv.errors import UserError
 from taehv.files import FileList, Mixture, Source, sources_of
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.sampler import BLOCK, Buckets, Shares, Steps
+from taehv.sections import Data, Shape
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from golden_vectors import MANIFEST, assert_same, cases
 from torch import Tensor
 
 from taehv import TAEHV, VARIANTS
-from taehv.config import Model
 from taehv.errors import UserError
 from taehv.model import TGrow, TPool, VideoSequential
 from taehv.pretrained import initial_model
+from taehv.sections import Model
 from taehv.weights import save_weights
 
 LTX = ["taeltx_2", "taeltx2_3", "taeltx2_3_wide"]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from taehv.config import Optim
 from taehv.muon import orthogonal
 from taehv.optim import (
     Ema,
@@ -17,6 +16,7 @@ from taehv.optim import (
     new_optimizer,
     total_norm,
 )
+from taehv.sections import Optim
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numbered_video import make_video, numbers_of
 
-from taehv.config import Config, Data, Proxy
 from taehv.errors import UserError
 from taehv.proxy import proxy_command
+from taehv.sections import Config, Data, Proxy
 from taehv.video import probe, read_frames, reencode
 
 VARIABLE = [i * 40 + i * i % 37 + 500 * (i // 10) for i in range(40)]

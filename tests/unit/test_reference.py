@@ -8,13 +8,13 @@ from golden_vectors import MANIFEST, formula_tensor, vectors
 
 from taehv.bench import Size
 from taehv.bench_train import step_flop
-from taehv.config import Loss, Optim, Parallelism
 from taehv.distributed import shard, started
 from taehv.losses import Targets
 from taehv.model import TAEHV
 from taehv.optim import Ema, Optimizer
 from taehv.reference import LEARNING_RATE, PublishedStep, PublishedStream, published
 from taehv.reference_seraena import PublishedSeraena
+from taehv.sections import Loss, Optim, Parallelism
 from taehv.step import TrainingStep
 from taehv.variants import VARIANTS
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from taehv.config import Config, Logging, dumps
+from taehv.config import dumps
 from taehv.errors import UserError
 from taehv.logging import RunLog
 from taehv.report import (
@@ -29,6 +29,7 @@ from taehv.report import (
     validation_charts,
     write_report,
 )
+from taehv.sections import Config, Logging
 from taehv.video import write_mp4
 
 SPEED = {"clips_per_second": 4.0, "data_wait": 0.1, "host_memory_gib": 1.5}

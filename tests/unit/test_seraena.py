@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from golden_vectors import MANIFEST, assert_same, formula_tensor, vectors
 from torch import Tensor, nn
 
-from taehv.config import Loss, Optim, Parallelism
-from taehv.config import Seraena as Settings
 from taehv.distributed import World, shard, started
 from taehv.losses import Decoded, Targets
 from taehv.model import TAEHV
 from taehv.optim import Ema, Optimizer
+from taehv.sections import Loss, Optim, Parallelism
+from taehv.sections import Seraena as Settings
 from taehv.seraena import (
     CollapseWatch,
     FrameGroups,

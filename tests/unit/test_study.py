@@ -12,12 +12,12 @@ from torch import Tensor
 from taehv import bench_recipe
 from taehv.bench import Bench
 from taehv.bench_recipe import points, told_losses
-from taehv.config import Data, Parallelism
 from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.index import build_file_lists
 from taehv.measure import Report
 from taehv.pool import Pool, PoolSize
+from taehv.sections import Data, Parallelism
 from taehv.study import Results, Study, diverged, reached
 from taehv.variants import VARIANTS
 

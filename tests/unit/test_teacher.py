@@ -11,8 +11,8 @@ import torch
 from conftest import Run
 from safetensors import safe_open
 
-from taehv.config import Teacher
 from taehv.errors import UserError
+from taehv.sections import Teacher
 from taehv.teacher import check_teacher, load_teacher
 
 CPU = torch.device("cpu")

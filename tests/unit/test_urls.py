@@ -12,7 +12,6 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from numbered_video import make_video, numbers_of
 
-from taehv.config import Config, Data, Proxy
 from taehv.data import ClipDataset
 from taehv.errors import UserError
 from taehv.files import FileList, Source
@@ -20,6 +19,7 @@ from taehv.index import build_file_lists, open_index, update_index
 from taehv.loader import ClipLoader
 from taehv.proxy import proxy_command
 from taehv.sampler import Steps
+from taehv.sections import Config, Data, Proxy
 from taehv.video import Crop, VideoError, decode_window, probe, read_frames
 
 
