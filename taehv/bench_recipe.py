@@ -37,6 +37,7 @@ from taehv.distributed import (
     uses_compile,
 )
 from taehv.errors import UserError, run_command
+from taehv.files import Source
 from taehv.index import build_file_lists
 from taehv.logging import log, set_up_console
 from taehv.measure import synchronize
@@ -211,8 +212,7 @@ class Lab:
         self.held = self._held(config, held_out)
         self.also = None
         if also:
-            data = replace(config.data, root=also, holdout=[], holdout_fraction=0.0)
-            files, _ = build_file_lists(data)
+            files = Source.of(also, "").files(config.data.images)
             self.also = self._held(config, files)
         log.info(f"decoding {study.pool.windows} windows of {len(train)} files")
         self.pool = Pool.decoded(
@@ -427,9 +427,10 @@ def told_losses(values_S2: Tensor) -> Record:
         values_S2: of each step the loss, and 1 if it was applied or 0.
     """
     losses, applied = values_S2.double().T
-    part = max(1, len(losses) // 20)
+    kept = losses[applied > 0] if applied.any() else losses
+    part = max(1, len(kept) // 20)
     return {
-        "first_loss": losses[:part].mean().item(),
-        "last_loss": losses[-part:].mean().item(),
+        "first_loss": kept[:part].mean().item(),
+        "last_loss": kept[-part:].mean().item(),
         "skipped": int((applied == 0).sum()),
     }

@@ -178,7 +178,14 @@ def _turned(rows: list[list[str]]) -> list[list[str]]:
 def speed_rows(comparison: Comparison) -> list[list[str]]:
     """A row for each model, the first being the head."""
     rows = [
-        ["model", "parameters", "encode ms/frame", "decode ms/frame", "at", "peak GiB"]
+        [
+            "model",
+            "parameters",
+            "encode ms/frame",
+            "decode ms/frame",
+            "at",
+            "peak GiB, all loaded",
+        ]
     ]
     for model in comparison.models:
         speed, size = model.speed, model.about.get("parameters", NOT_MEASURED)

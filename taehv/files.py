@@ -387,10 +387,34 @@ def split_all(lists: Sequence[FileList], data: Data) -> tuple[Files, Files]:
                 f"data.holdout = {data.holdout} leaves no file of {files.base} to "
                 "train on: take the source out of data.sources or hold out less"
             )
-    weights = data.weights or [1.0] * len(lists)
     pairs = list(zip(lists, masks, strict=True))
+    _check_overlap(pairs)
+    weights = data.weights or [1.0] * len(lists)
     train = Mixture([files.only(~mask) for files, mask in pairs], weights)
     return train, Mixture([files.only(mask) for files, mask in pairs], weights)
+
+
+def _check_overlap(pairs: Sequence[tuple[FileList, np.ndarray]]) -> None:
+    """Refuse a file that one source holds out and another trains on.
+
+    A path is hashed relative to its source, and so differently in a folder within.
+    """
+    bases = sorted(os.path.join(files.base, "") for files, _ in pairs)
+    if not any(b.startswith(a) for a, b in itertools.pairwise(bases)):
+        return
+    held, kept = (
+        {
+            path_hash(files[i])
+            for files, mask in pairs
+            for i in np.flatnonzero(mask == s)
+        }
+        for s in (True, False)
+    )
+    if held & kept:
+        raise UserError(
+            "data.sources overlap: a file would be held out of one and trained on from "
+            "another; name each folder once"
+        )
 
 
 def split(

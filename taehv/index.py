@@ -16,9 +16,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from tqdm import tqdm
 
 from taehv.errors import UserError
 from taehv.files import FileList, Files, Source, sources_of, split_all
+from taehv.pools import CRASHES, alone, shared
 from taehv.sections import Config, Data
 from taehv.urls import is_url, stamp
 from taehv.video import VideoError, is_image, probe
@@ -275,19 +274,32 @@ def _probe_all(index: Index, place: Path, workers: int) -> None:
     starts = range(0, count, CHUNK)
     probe_chunk = functools.partial(_probe_chunk, str(place), index.files.base)
     processes = min(_cores() if workers < 0 else workers, count // SERIAL)
-    with contextlib.ExitStack() as stack:
-        answers: Iterable[list[tuple[np.void, str]]] = map(probe_chunk, starts)
-        if processes:
-            context = get_context("forkserver")
-            context.set_forkserver_preload(["taehv.index"])
-            pool = stack.enter_context(ProcessPoolExecutor(processes, context))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            answers = pool.map(probe_chunk, starts)
-        bar = stack.enter_context(tqdm(total=count, unit="file", disable=None))
-        for start, chunk in zip(starts, answers, strict=True):
+    answers: Iterable[tuple[int, list[tuple[np.void, str]] | None]]
+    answers = ((start, probe_chunk(start)) for start in starts)
+    if processes:
+        answers = shared(probe_chunk, starts, processes, "taehv.index")
+    with tqdm(total=count, unit="file", disable=None) as bar:
+        for start, chunk in answers:
+            if chunk is None:
+                chunk = _probe_alone(index, place, start)
             for i, (row, reason) in enumerate(chunk, start):
                 _note(index, place, i, row, reason)
             bar.update(len(chunk))
+
+
+def _probe_alone(index: Index, place: Path, start: int) -> list[tuple[np.void, str]]:
+    """A chunk, of which a file ends the process that reads it."""
+    probe_chunk = functools.partial(_probe_chunk, str(place), index.files.base, files=1)
+    found = []
+    for i in range(start, min(start + CHUNK, len(index.files))):
+        rows = alone(probe_chunk, i)
+        if rows is None:
+            row = index.table[i].copy()
+            row["status"] = BAD
+            row["size"], row["modified"] = _stamp(index.files[i])
+            rows = [(row, CRASHES)]
+        found += rows
+    return found
 
 
 def _cores() -> int:
@@ -309,12 +321,14 @@ def _number_of(reason: str, reasons: list[str], place: Path) -> int:
     return reasons.index(reason) if reason in reasons else REASONS - 1
 
 
-def _probe_chunk(place: str, base: str, start: int) -> list[tuple[np.void, str]]:
+def _probe_chunk(
+    place: str, base: str, start: int, files: int | None = None
+) -> list[tuple[np.void, str]]:
     """Rows and reasons of the files from `start` on."""
     folder = Path(place)
     reasons = json.loads((folder / "reasons.json").read_text())
     index = _mapped(folder, base, reasons)
-    stop = min(start + CHUNK, len(index.files))
+    stop = min(start + (files or CHUNK), len(index.files))
     return [_probe_file(index, i) for i in range(start, stop)]
 
 

@@ -97,5 +97,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def place(model: TAEHV, device: torch.device, dtype: torch.dtype) -> TAEHV:
-    """Move a model to where it runs, its convolutions in their fastest layout."""
+    """Move a model to where it runs, its convolutions in their fastest layout.
+
+    In fp32 they are computed in fp32 from then on, in this whole process.
+    """
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     return model.to(device, dtype, memory_format=torch.channels_last)

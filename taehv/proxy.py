@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +17,7 @@ from taehv.errors import UserError
 from taehv.files import FileList, sources_of
 from taehv.index import list_files
 from taehv.loader import worker_count
+from taehv.pools import CRASHES, shared
 from taehv.sections import Config, Proxy
 from taehv.urls import is_url
 from taehv.video import VideoError, is_image, reencode
@@ -42,12 +40,12 @@ class Copier:
         files and their hashes stay as they are."""
         return os.path.join(self.settings.folder, self.files.relative(i))
 
-    def __call__(self, i: int) -> str | None:
-        """Copy file i; what is wrong with it, or None."""
+    def __call__(self, i: int) -> str:
+        """Copy file i; what is wrong with it, or nothing."""
         path, target = self.files[i], self.target(i)
         try:
             if _is_newer(target, path):
-                return None
+                return ""
             os.makedirs(os.path.dirname(target), exist_ok=True)
             settings = self.settings
             if is_image(path):
@@ -57,7 +55,7 @@ class Copier:
             )
         except (VideoError, FileNotFoundError) as error:
             return str(error)
-        return None
+        return ""
 
 
 def _is_newer(target: str, path: str) -> bool:
@@ -81,7 +79,7 @@ def proxy_command(config: Config) -> None:
     bar = tqdm(total=len(copier.files), unit="file", disable=None)
     for i, reason in _copied(copier, worker_count(config.data.workers)):
         bar.update()
-        if reason is not None:
+        if reason:
             bad.append(reason)
             log.warning(f"left out {copier.files[i]}: {reason}")
     bar.close()
@@ -134,23 +132,13 @@ def _check_folder(folder: Path, settings: Proxy) -> None:
     (folder / ABOUT).write_text(json.dumps(about))
 
 
-def _copied(copier: Copier, workers: int) -> Iterator[tuple[int, str | None]]:
+def _copied(copier: Copier, workers: int) -> Iterator[tuple[int, str]]:
     """Files as they are done, in any order."""
     count = len(copier.files)
     if workers == 0:
         yield from ((i, copier(i)) for i in range(count))
         return
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["taehv.proxy"])
     with TemporaryDirectory(prefix="taehv-") as folder:
-        shared = replace(copier, files=copier.files.save(folder))
-        with ProcessPoolExecutor(workers, context) as pool:
-            # Few at a time: a million waiting calls would take a gigabyte.
-            rest, waiting = iter(range(count)), {}
-            while True:
-                for i in itertools.islice(rest, 4 * workers - len(waiting)):
-                    waiting[pool.submit(shared, i)] = i
-                if not waiting:
-                    return
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                yield from ((waiting.pop(future), future.result()) for future in done)
+        sent = replace(copier, files=copier.files.save(folder))
+        for i, reason in shared(sent, range(count), workers, "taehv.proxy"):
+            yield i, f"{copier.files[i]}: {CRASHES}" if reason is None else reason

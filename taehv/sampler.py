@@ -166,7 +166,9 @@ class Buckets:
             steps = range(block * BLOCK, (block + 1) * BLOCK)
             parts = [self._shares.part(step)[0] for step in steps]
             sizes = [self.clips[part] for part in parts]
-            self._blocks = {block: (parts, [0, *itertools.accumulate(sizes)][:-1])}
+            # The trainer is some steps behind the loader, perhaps in the block before.
+            self._blocks = {k: v for k, v in self._blocks.items() if k == block - 1}
+            self._blocks[block] = parts, [0, *itertools.accumulate(sizes)][:-1]
         return self._blocks[block]
 
 

@@ -278,6 +278,7 @@ def _row(arm: str, records: BySeed, base: BySeed) -> dict[str, str]:
         "seeds": str(len(records)),
         "steps": f"{statistics.mean(r['steps'] for r in records.values()):.0f}",
         "ms": f"{statistics.mean(r['step_ms'] for r in records.values()):.2f}",
+        "s": f"{statistics.mean(r['spent'] for r in records.values()):.1f}",
     }
     for weights, prefix in (("ema", ""), ("raw", "raw ")):
         for name, title in COLUMNS.items() if weights == "ema" else [("psnr", "PSNR")]:
@@ -374,7 +375,9 @@ def _draw_crops(tasks: Sequence[Task], results: Results, path: Path) -> None:
         if task.arm not in shown and file.exists():
             with np.load(file) as arrays:
                 shown.setdefault("input", arrays["input"])
-                shown[task.arm] = arrays["decoded"]
+                # Another variant may decode other frames.
+                if np.array_equal(shown["input"], arrays["input"]):
+                    shown[task.arm] = arrays["decoded"]
     if shown:
         clips = [
             tuple(torch.from_numpy(x).movedim(-1, 1) / 255 for x in clip)

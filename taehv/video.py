@@ -37,6 +37,8 @@ DEFAULT_RATE = 25
 # start of the file.
 REWINDS = (0.0, 0.5, 2.0, 8.0, float("inf"))
 # The deepest reordering that H.264 and HEVC allow, in frames.
+MOST_PACKETS = 2**30
+"""Bytes of packets that are read to find a window."""
 REORDER = 16
 # Decoders that honour skip_frame packet by packet; others (dav1d) lose frames by it.
 SKIPPING_DECODERS = ("h264", "hevc")
@@ -756,11 +758,16 @@ def _collect(
 ) -> list[Packet]:
     """Packets until the `span` frames from target on are surely among them."""
     packets: list[Packet] = []
-    missing = span + REORDER
+    missing, size = span + REORDER, 0
     for packet in container.demux(stream):
         if packet.size == 0:
             continue
         packets.append(packet)
+        size += packet.size
+        if size > MOST_PACKETS:  # a damaged file, of which nothing can be sought
+            raise VideoError(
+                f"{container.name}: {size >> 20} MiB before the window that is sought"
+            )
         missing -= _is_shown(packet) and packet.pts >= target
         if missing == 0:
             break

@@ -159,7 +159,8 @@ class DataWait:
                 {**self.settings, "data.root": self.videos, **cache},
             ),
         ]
-        path = f"{ROOT}{os.pathsep}{Path(__file__).parent}"
+        own = [str(ROOT), str(Path(__file__).parent)]
+        path = os.pathsep.join([*own, os.environ.get("PYTHONPATH", "")])
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", *module, *arguments(settings)],

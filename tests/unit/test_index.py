@@ -165,6 +165,23 @@ def test_processes_find_the_same(videos: Path, monkeypatch, tmp_path: Path):
     ]
 
 
+def test_a_file_that_crashes_its_reader_is_bad(videos: Path, monkeypatch):
+    monkeypatch.setattr(taehv.index, "SERIAL", 1)
+    monkeypatch.setattr(taehv.index, "shared", lambda call, starts, *_: [(0, None)])
+
+    def crashing(call, i):
+        (answer,) = call(i)
+        return None if answer[0]["keyframe_interval"] == 10 else [answer]
+
+    monkeypatch.setattr(taehv.index, "alone", crashing)
+    data = settings(videos)
+    data.workers = 2
+    index = open_index(data, source(videos))
+    reasons = {names(index.files)[i]: index.reason(i) for i in index.bad}
+    assert reasons["small.mp4"] == "ends the process that reads it"
+    assert len(reasons) == 5 and len(index.files) == 7
+
+
 def test_a_changed_list_makes_another_index(videos: Path):
     listed = videos / "list.txt"
     listed.write_text("small.mp4\n")

@@ -132,6 +132,15 @@ def test_a_mixture_has_a_fingerprint_of_its_own(videos: Path):
     assert len(prints) == 3
 
 
+def test_no_file_is_on_both_sides_of_sources_that_overlap(videos: Path):
+    nested = [str(videos), str(videos / "a")]
+    with pytest.raises(UserError, match="data.sources overlap: a file would be held"):
+        build_file_lists(settings(videos, sources=nested, holdout=["0.mp4"]))
+    both = settings(videos, sources=nested, holdout=["*0.mp4"])
+    train, held = build_file_lists(both)
+    assert not {*map(str, train)} & {*map(str, held)}
+
+
 def test_holdout_that_empties_a_source_is_refused(videos: Path):
     with pytest.raises(UserError, match="leaves no file"):
         data = settings(videos, sources=[str(videos / "b"), str(videos / "a" / "*")])

@@ -142,6 +142,9 @@ def test_what_diverged() -> None:
     assert told["skipped"] == 1 and not diverged(told)
     assert told["first_loss"] == pytest.approx(2, abs=0.05)
     assert diverged(told_losses(values_S2.flip(0)))
+    values_S2[0] = values_S2[-1] = torch.tensor([torch.nan, 0])
+    assert not diverged(told_losses(values_S2))
+    values_S2[-1, 1] = 1
     values_S2[-1, 0] = torch.nan
     assert diverged(told_losses(values_S2))
 
