@@ -121,6 +121,7 @@ def tell(run_folder: Path) -> None:
     for name in ("data_wait", "clips_per_second"):
         values = Tensor([event.value for event in events.Scalars(f"train/{name}")])
         print(f"{name}: median {values.median():.4f}")
+    print(f"pictures: {run_folder / 'samples'}")
 
 
 def main() -> None:
