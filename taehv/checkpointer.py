@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import tomli
@@ -166,14 +165,8 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # Whoever interrupts twice wants to leave at once.
-        if self._pending is not None and kind is not KeyboardInterrupt:
+    def __exit__(self, *exception: object) -> None:
+        if self._pending is not None:
             futures = [self._pending.done]
             concurrent.futures.wait(futures, self.limit.total_seconds())
 

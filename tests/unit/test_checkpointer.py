@@ -124,21 +124,6 @@ def test_leaving_waits_for_the_save(
     assert checkpointer.steps() == [1]
 
 
-def test_a_second_interruption_does_not_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = Gate(monkeypatch)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        Checkpointer(Folder(tmp_path), Checkpoint()) as checkpointer,
-    ):
-        checkpointer.save(1, tensors(1), {})
-        raise KeyboardInterrupt
-    assert not checkpointer.steps()
-    gate.opened.set()
-    checkpointer.wait()
-
-
 # Failures
 
 
