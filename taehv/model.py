@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from taehv import fused
 from taehv.errors import UserError
+from taehv.rectified import has_kernel, rectify
 from taehv.variants import (
     CHUNK_DROPPED_LATENTS,
     CHUNK_FRAMES,
@@ -87,6 +88,12 @@ class MemBlock(MemoryBlock):
             conv3x3(channels, channels),
         )
         super().__init__(conv, nn.ReLU())
+
+    def rectified(self, x_BCHW: Tensor, past_BCHW: Tensor) -> Tensor:
+        """The same by fewer kernels, see taehv/rectified.py."""
+        first, _, second, _, third = self.conv
+        y_BCHW = rectify(torch.cat([x_BCHW, past_BCHW], 1), first, x_BCHW, 0)
+        return rectify(rectify(y_BCHW, second, y_BCHW, 0), third, x_BCHW, 1)
 
 
 class SuperMemBlock(MemoryBlock):
@@ -238,7 +245,7 @@ class VideoSequential(nn.Sequential):
     """
 
     fused = True
-    """Whether linear layers in a row are computed as one convolution."""
+    """Whether layers in a row are computed as one, where that is less work."""
     checkpointing = False
     """Whether the backward pass computes activations anew, but for what goes into a
     memory block."""
@@ -261,13 +268,14 @@ class VideoSequential(nn.Sequential):
         elif self.checkpointing and torch.is_grad_enabled():
             for stages in self._segments():
                 x_NTHWC = checkpoint(
-                    partial(_run_all, stages),
+                    partial(_run_all, stages, self.fused),
                     x_NTHWC,
                     use_reentrant=False,
                     preserve_rng_state=False,  # nothing is drawn, and it would wait
                 )
         else:
-            x_NTHWC = _run_all([blocks for _, blocks in self._stages()], x_NTHWC)
+            stages = [blocks for _, blocks in self._stages()]
+            x_NTHWC = _run_all(stages, self.fused, x_NTHWC)
         return x_NTHWC.movedim(-1, 2)
 
     def _continue(self, x_NTHWC: Tensor, memory: FrameMemory) -> Tensor:
@@ -279,7 +287,7 @@ class VideoSequential(nn.Sequential):
                     break
             if isinstance(blocks[0], MemoryBlock):
                 before_N1HWC = memory.exchange(index, x_NTHWC)
-            x_NTHWC = _run(blocks, x_NTHWC, before_N1HWC)
+            x_NTHWC = _run(blocks, self.fused, x_NTHWC, before_N1HWC)
         return x_NTHWC
 
     def _segments(self) -> list[list[list[nn.Module]]]:
@@ -309,20 +317,29 @@ def _fusible(blocks: Sequence[nn.Module]) -> int:
     return count if fits else 1
 
 
-def _run_all(stages: Iterable[Sequence[nn.Module]], x_NTHWC: Tensor) -> Tensor:
+def _run_all(
+    stages: Iterable[Sequence[nn.Module]], is_fused: bool, x_NTHWC: Tensor
+) -> Tensor:
     for blocks in stages:
-        x_NTHWC = _run(blocks, x_NTHWC)
+        x_NTHWC = _run(blocks, is_fused, x_NTHWC)
     return x_NTHWC
 
 
 def _run(
-    blocks: Sequence[nn.Module], x_NTHWC: Tensor, before_N1HWC: Tensor | None = None
+    blocks: Sequence[nn.Module],
+    is_fused: bool,
+    x_NTHWC: Tensor,
+    before_N1HWC: Tensor | None = None,
 ) -> Tensor:
     """Compute blocks that are fusible, or one, which may look at the frame before."""
     first, *others = blocks
     x_BCHW = _images(x_NTHWC)
     if isinstance(first, MemoryBlock):
-        x_BCHW = first(x_BCHW, _images(previous_frames(x_NTHWC, before_N1HWC)))
+        past_BCHW = _images(previous_frames(x_NTHWC, before_N1HWC))
+        if is_fused and isinstance(first, MemBlock) and has_kernel(x_BCHW):
+            x_BCHW = first.rectified(x_BCHW, past_BCHW)
+        else:
+            x_BCHW = first(x_BCHW, past_BCHW)
     elif others and fused.pays(x_BCHW, blocks[-1].weight):
         x_BCHW = _run_fused(blocks, x_BCHW)
     else:

@@ -365,8 +365,8 @@ class Compile:
     """How hard torch.compile tries; the other mode measures more kernels, for minutes.
     What it makes is kept in ~/.cache/taehv/inductor, or TORCHINDUCTOR_CACHE_DIR."""
     fused: bool = True
-    """Compute linear layers in a row as one convolution of the same parameters, which
-    is faster and the same to rounding; also where nothing is compiled."""
+    """Compute layers in a row as one of the same parameters, which is faster and the
+    same to rounding; also where nothing is compiled."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Replay the whole training step as one CUDA graph, so that the GPU never waits for
     Python; auto: with one GPU and without CPU offload. With several GPUs, true puts
