@@ -23,6 +23,7 @@ from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType, VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from taehv.errors import UserError
@@ -53,6 +54,8 @@ LIMITED_RANGE = 1
 FULL_RANGE = 2
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 COPY_TIME_BASE = Fraction(1, 90_000)
+CONVERTERS = 4
+"""Threads of a writer that convert frames: together faster than x264 takes them."""
 
 
 class VideoError(Exception):
@@ -325,8 +328,8 @@ def _still(path: str, frames: int, crops: list[Crop]) -> list[np.ndarray]:
 class VideoWriter(WholeWriter):
     """Writes uint8 RGB frames HWC as H.264 in MP4, BT.709 limited range, yuv420p.
 
-    Odd sizes are padded to even ones by repeating the last row or column. See
-    WholeWriter.
+    Odd sizes are padded to even ones by repeating the last row or column. Threads
+    convert the frames that come next while one is encoded. See WholeWriter.
 
     Args:
         path: where to.
@@ -355,11 +358,13 @@ class VideoWriter(WholeWriter):
         self.pixel_aspect = pixel_aspect
         self._stream: VideoStream | None = None
         self._written = 0
+        self._waiting: deque[tuple[Future[VideoFrame], int, int]] = deque()
         self._source = sound
         self._sound: _Sound | None = None
 
     def _open(self, unfinished: Path) -> None:
         self._container = _new_mp4(unfinished)
+        self._pool = ThreadPoolExecutor(CONVERTERS, "convert")
 
     def write(
         self, frame_HWC: np.ndarray, pts: int | None = None, duration: int | None = None
@@ -367,38 +372,39 @@ class VideoWriter(WholeWriter):
         """Append a frame; all frames have the size of the first.
 
         `pts` and `duration`, in units of the time base, say when and how long it is
-        shown; by default it follows the one before.
+        shown; by default it follows the one before. The frame is read later: leave it
+        as it is.
         """
-        height, width = frame_HWC.shape[:2]
         if self._stream is None:
+            height, width = frame_HWC.shape[:2]
             self._stream = self._new_stream(height + height % 2, width + width % 2)
+            self._converter = _Converter(self._stream.height, self._stream.width)
             if self._source is not None:
                 self._sound = _Sound(self._source, self._container)
-        if height % 2 or width % 2:
-            padding = ((0, height % 2), (0, width % 2), (0, 0))
-            frame_HWC = np.pad(frame_HWC, padding, mode="edge")
-        converted = VideoFrame.from_ndarray(frame_HWC).reformat(
-            format="yuv420p",
-            dst_colorspace=BT709,
-            dst_color_range=LIMITED_RANGE,
-            interpolation="BICUBIC",
-        )
-        converted.pts = self._written if pts is None else pts
-        converted.time_base = self.time_base
-        converted.duration = duration or 1
+        times = self._written if pts is None else pts, duration or 1
         self._written += 1
-        self._container.mux(self._stream.encode(converted))
+        self._waiting.append((self._pool.submit(self._converter, frame_HWC), *times))
+        if len(self._waiting) > CONVERTERS:
+            self._encode(*self._waiting.popleft())
+
+    def _encode(self, converted: Future[VideoFrame], pts: int, duration: int) -> None:
+        frame = converted.result()
+        frame.pts, frame.duration, frame.time_base = pts, duration, self.time_base
+        self._container.mux(self._stream.encode(frame))
         if self._sound is not None:
-            self._sound.copy(until=converted.pts * self.time_base)
+            self._sound.copy(until=pts * self.time_base)
 
     def _close(self, is_good: bool) -> None:
         try:
             if is_good and self._stream is not None:
+                while self._waiting:
+                    self._encode(*self._waiting.popleft())
                 self._container.mux(self._stream.encode(None))
                 if self._sound is not None:
                     self._sound.copy()
             self._container.close()
         finally:
+            self._pool.shutdown(cancel_futures=True)
             if self._sound is not None:
                 self._sound.close()
 
@@ -407,11 +413,48 @@ class VideoWriter(WholeWriter):
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.options = {"crf": str(self.crf)}
         context = stream.codec_context
+        # PyAV's default is slices of one frame after the other: slower, and larger.
+        context.thread_type = "FRAME"
         context.time_base = self.time_base
         context.sample_aspect_ratio = self.pixel_aspect
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
         return stream
+
+
+class _Converter:
+    """Turns uint8 RGB frames HWC into yuv420p of an even size, in any thread.
+
+    A thread keeps what swscale sets up, which for each frame anew, with as many threads
+    as there are cores, takes longer than the frame.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        self._size = height, width
+        self._local = threading.local()
+
+    def __call__(self, frame_HWC: np.ndarray) -> VideoFrame:
+        height, width = self._size
+        if not hasattr(self._local, "reformatter"):
+            self._local.reformatter = VideoReformatter()
+            self._local.picture = VideoFrame(width, height, "rgb24")
+        # swscale reads past the end of rows, for which PyAV's frames have room.
+        picture = self._local.picture
+        (plane,) = picture.planes
+        strides = plane.line_size, 3, 1
+        pixels_HWC = np.ndarray((height, width, 3), np.uint8, plane, 0, strides)
+        rows, columns = frame_HWC.shape[:2]
+        pixels_HWC[:rows, :columns] = frame_HWC
+        pixels_HWC[rows:] = pixels_HWC[rows - 1 : rows]
+        pixels_HWC[:, columns:] = pixels_HWC[:, columns - 1 : columns]
+        return self._local.reformatter.reformat(
+            picture,
+            format="yuv420p",
+            dst_colorspace=BT709,
+            dst_color_range=LIMITED_RANGE,
+            interpolation="BICUBIC",
+            threads=1,
+        )
 
 
 class _Sound:

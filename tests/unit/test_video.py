@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import wave
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -15,6 +16,7 @@ from taehv.video import (
     Crop,
     VideoError,
     VideoWriter,
+    _Converter,
     decode_window,
     probe,
     read_frames,
@@ -374,6 +376,32 @@ def test_written_video_reads_back(tmp_path: Path):
     content = path.read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_threads_convert_as_swscale_does():
+    random = np.random.default_rng(0)
+    frames = random.integers(0, 256, (24, 27, 45, 3), np.uint8)
+    with ThreadPoolExecutor(3) as pool:
+        converted = list(pool.map(_Converter(28, 46), frames))
+    for frame_HWC, found in zip(frames, converted, strict=True):
+        even_HWC = np.pad(frame_HWC, ((0, 1), (0, 1), (0, 0)), mode="edge")
+        wanted = av.VideoFrame.from_ndarray(even_HWC).reformat(
+            format="yuv420p",
+            dst_colorspace="ITU709",
+            dst_color_range="MPEG",
+            interpolation="BICUBIC",
+        )
+        np.testing.assert_array_equal(found.to_ndarray(), wanted.to_ndarray())
+
+
+def test_a_frame_that_does_not_fit_is_an_error_and_leaves_nothing(tmp_path: Path):
+    with (
+        pytest.raises(ValueError, match="broadcast"),
+        VideoWriter(tmp_path / "a.mp4", 25) as writer,
+    ):
+        writer.write(np.zeros((16, 16, 3), np.uint8))
+        writer.write(np.zeros((18, 16, 3), np.uint8))
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path: Path):
