@@ -83,7 +83,8 @@ def bench_decode(bench: Bench) -> None:
         rows = Rows(bench, place(model, device, dtype), size, exact_NTCHW)
         for way in options.decode_ways:
             rows.whole(way, latents_NTCHW.to(dtype))
-        for way in (REFERENCE, "fused"):
+        graphed = ("fused+graph", "compiled+fused+graph")
+        for way in (REFERENCE, "fused", *(graphed if device.type == "cuda" else ())):
             rows.by_latent(way, latents_NTCHW.to(dtype))
 
 
@@ -123,14 +124,18 @@ class Rows:
     def _decoder(self, way: str, example: Tensor) -> Decoder:
         if way == REFERENCE:
             return published(self.model).decode_video
+        model = self._model(way)
+        if way_settings(way).get("compile.cuda_graph"):
+            return GraphedDecoder(model.decode_video, example)
+        return model.decode_video
+
+    def _model(self, way: str) -> TAEHV:
         settings = way_settings(way)
         model = copy.deepcopy(self.model)
         model.fused = bool(settings.get("compile.fused", model.fused))
         if settings.get("compile.enable"):
             model.decoder.compile(fullgraph=True, dynamic=False)
-        if settings.get("compile.cuda_graph"):
-            return GraphedDecoder(model.decode_video, example)
-        return model.decode_video
+        return model
 
     def by_latent(self, way: str, latents_NTCHW: Tensor) -> None:
         """Decode one latent after the other."""
@@ -141,7 +146,8 @@ class Rows:
             decode = PublishedStream(published(self.model).decoder).decode
             latents = latents_NTCHW.unbind(1)
         else:
-            decode = StreamingTAEHV(self.model, count).decode
+            graph = bool(way_settings(way).get("compile.cuda_graph"))
+            decode = StreamingTAEHV(self._model(way), count, graph=graph).decode
         cost = self.bench.measure(decode, itertools.cycle(latents))
         size = replace(self.size, frames=self.model.time_upscale)
         self._print("by latent", str(size), way, cost)

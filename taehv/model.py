@@ -203,27 +203,47 @@ def unfold_patches(x_dCHW: Tensor, size: int) -> Tensor:
 class FrameMemory:
     """What the blocks of a VideoSequential remember from one call to the next.
 
-    It belongs to one video. It is a class, and no list or dict, so that whatever maps
-    over a module's inputs (FSDP2 does, to cast them) passes on the object itself.
+    It belongs to one video. Its tensors stay where they are, so that a CUDA graph of a
+    call finds them. It is a class, and no list or dict, so that whatever maps over a
+    module's inputs (FSDP2 does, to cast them) passes on the object itself.
     """
 
     def __init__(self) -> None:
-        self._frames_N1HWC: dict[int, Tensor] = {}
+        self.waiting: dict[int, int] = {}
+        """How many frames wait for more, at which block."""
+        self._last_N1HWC: dict[int, Tensor] = {}
         self._waiting_NTHWC: dict[int, Tensor] = {}
 
-    def exchange(self, block: int, x_NTHWC: Tensor) -> Tensor | None:
-        """The frame before `x_NTHWC`, None at the start; keeps its last frame."""
-        previous_N1HWC = self._frames_N1HWC.get(block)
-        # A view would keep all the frames alive.
-        self._frames_N1HWC[block] = x_NTHWC[:, -1:].clone()
-        return previous_N1HWC
+    def reset(self) -> None:
+        """Begin a new video of frames of the same shape."""
+        self.waiting.clear()
+        for last_N1HWC in self._last_N1HWC.values():
+            last_N1HWC.zero_()
+
+    def before(self, block: int) -> Tensor | None:
+        """The frame before those of this call; None, or zeros, at the start."""
+        return self._last_N1HWC.get(block)
+
+    def keep(self, block: int, x_NTHWC: Tensor) -> None:
+        """Remember the last frame, once the one before is no longer needed."""
+        last_N1HWC = x_NTHWC[:, -1:]
+        if block in self._last_N1HWC:
+            self._last_N1HWC[block].copy_(last_N1HWC)
+        else:  # a view would keep all the frames alive
+            self._last_N1HWC[block] = last_N1HWC.clone()
 
     def whole_groups(self, block: int, x_NTHWC: Tensor, stride: int) -> Tensor:
         """The waiting frames and `x_NTHWC`, less a remainder that waits for more."""
-        if block in self._waiting_NTHWC:
-            x_NTHWC = torch.cat([self._waiting_NTHWC[block], x_NTHWC], 1)
+        if waiting := self.waiting.pop(block, 0):
+            kept_NTHWC = self._waiting_NTHWC[block][:, :waiting]
+            x_NTHWC = torch.cat([kept_NTHWC, x_NTHWC], 1)
         whole = x_NTHWC.shape[1] // stride * stride
-        self._waiting_NTHWC[block] = x_NTHWC[:, whole:]
+        if rest := x_NTHWC.shape[1] - whole:
+            if block not in self._waiting_NTHWC:
+                N, _, *shape = x_NTHWC.shape
+                self._waiting_NTHWC[block] = x_NTHWC.new_empty(N, stride - 1, *shape)
+            self._waiting_NTHWC[block][:, :rest] = x_NTHWC[:, whole:]
+            self.waiting[block] = rest
         return x_NTHWC[:, :whole]
 
 
@@ -280,14 +300,15 @@ class VideoSequential(nn.Sequential):
 
     def _continue(self, x_NTHWC: Tensor, memory: FrameMemory) -> Tensor:
         for index, blocks in self._stages():
-            before_N1HWC = None
             if isinstance(blocks[0], TPool):
                 x_NTHWC = memory.whole_groups(index, x_NTHWC, blocks[0].stride)
                 if x_NTHWC.shape[1] == 0:
                     break
+            before_N1HWC = memory.before(index)
+            result_NTHWC = _run(blocks, self.fused, x_NTHWC, before_N1HWC)
             if isinstance(blocks[0], MemoryBlock):
-                before_N1HWC = memory.exchange(index, x_NTHWC)
-            x_NTHWC = _run(blocks, self.fused, x_NTHWC, before_N1HWC)
+                memory.keep(index, x_NTHWC)
+            x_NTHWC = result_NTHWC
         return x_NTHWC
 
     def _segments(self) -> list[list[list[nn.Module]]]:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taehv.errors import UserError
-from taehv.model import TAEHV, FrameMemory
+from taehv.model import TAEHV
+from taehv.replay import Continuation, Graphing
 from taehv.variants import (
     CHUNK_DROPPED_LATENTS,
     CHUNK_FRAMES,
@@ -37,6 +38,10 @@ class StreamingTAEHV:
             whose first frames depend on whether the count is even.
         trim: in place of `total_latents`, whether the first frames are trimmed: True
             for an odd count of latents, False for an even one.
+        graph: replay calls as CUDA graphs, which give the same and do not wait for
+            Python: "auto" those on a GPU that are small enough to gain, True all there.
+            The first two calls of a shape run as they are. Weights may change in place;
+            where load_state_dict(assign=True) has replaced them, make a new stream.
     """
 
     def __init__(
@@ -44,11 +49,14 @@ class StreamingTAEHV:
         model: TAEHV,
         total_latents: int | None = None,
         trim: bool | None = None,
+        graph: Graphing = "auto",
     ) -> None:
         self.model = model
         self.variant = model.variant
         # Only the parity of the count matters, and trim tells just that.
         self._told_latents = int(trim) if trim is not None else total_latents
+        self._encoder = Continuation(model.encoder, graph)
+        self._decoder = Continuation(model.decoder, graph)
         self.reset()
 
     def reset(self) -> None:
@@ -57,13 +65,13 @@ class StreamingTAEHV:
         self._reset_decoder()
 
     def _reset_encoder(self) -> None:
-        self._encoder_memory = FrameMemory()
+        self._encoder.reset()
         self._frames_in = 0
         self._last_frame_N1CHW: Tensor | None = None
         self._latents_held: deque[Tensor] = deque()
 
     def _reset_decoder(self) -> None:
-        self._decoder_memory = FrameMemory()
+        self._decoder.reset()
         self._latents_in = 0
         self._raw_frames = 0
         self._frames_held: deque[tuple[int, Tensor]] = deque()
@@ -101,9 +109,9 @@ class StreamingTAEHV:
     def _run_encoder(self, frames_NTCHW: Tensor) -> None:
         x_NTCHW = self.model.fold_patches(frames_NTCHW)
         if self.variant.trim == "chunks" and self._frames_in % CHUNK_FRAMES == 0:
-            self._encoder_memory = FrameMemory()
+            self._encoder.reset()
             x_NTCHW = F.pad(x_NTCHW, (0, 0, 0, 0, 0, 0, CHUNK_LEAD_FRAMES, 0))
-        latents_NTCHW = self.model.encoder(x_NTCHW, self._encoder_memory)
+        latents_NTCHW = self._encoder(x_NTCHW)
         if latents_NTCHW.shape[1]:
             self._latents_held.extend(latents_NTCHW.split(1, 1))
         self._frames_in += frames_NTCHW.shape[1]
@@ -134,7 +142,7 @@ class StreamingTAEHV:
                 "StreamingTAEHV total_latents= or trim="
             )
         self._latents_in += latents_NTCHW.shape[1]
-        x_NTCHW = self.model.decoder(latents_NTCHW, self._decoder_memory)
+        x_NTCHW = self._decoder(latents_NTCHW)
         frames_NTCHW = self.model.unfold_patches(x_NTCHW).clamp(0, 1)
         for frame_N1CHW in frames_NTCHW.split(1, 1):
             if not self.variant.is_trimmed(self._raw_frames, *self._alignment):
