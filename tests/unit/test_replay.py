@@ -199,8 +199,8 @@ def test_same_on_a_gpu(name: str, is_compiled: bool) -> None:
     """Twelve latents and as many frames, before and after a reset."""
     model = new_model(name).to("cuda", torch.float16)
     if is_compiled:
-        model.encoder.compile(dynamic=False)
-        model.decoder.compile(dynamic=False)
+        torch._dynamo.reset()
+        model.decoder.compile(fullgraph=True, dynamic=False)
     streams = [StreamingTAEHV(model, graph=graph) for graph in ("auto", False)]
     results: list[list[Tensor]] = [[], []]
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):
