@@ -8,6 +8,7 @@ its memory, so that a CUDA graph can hold it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from taehv.muon import Matrix, Muon
 from taehv.sections import Optim
+from taehv.team import Team
 
 HISTORY = 64
 """Norms of gradients of which the median is taken."""
@@ -66,7 +68,8 @@ class Optimizer:
         self._rates = {scale: torch.zeros_like(self.lr) for scale in self._scales}
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
         self._muon = self._new_muon(matrices, settings) if matrices else None
-        self._adamw = self._new_adamw(settings)
+        self._team = Team(self._locals)
+        self._adamw = [self._new_adamw(part, settings) for part in self._team.parts]
 
     def _new_muon(self, matrices: Mapping[nn.Parameter, int], settings: Optim) -> Muon:
         found = []
@@ -86,12 +89,13 @@ class Optimizer:
                 )
         return Muon(found, settings.weight_decay, self.shard_group)
 
-    def _new_adamw(self, settings: Optim) -> torch.optim.AdamW:
-        """Of all that has no state yet."""
+    def _new_adamw(self, places: list[int], settings: Optim) -> torch.optim.AdamW:
+        """Of these parameters, but for those that have a state already."""
         groups: dict[float, list[Tensor]] = {scale: [] for scale in self._rates}
         states = {}
-        parts = zip(self.parameters, self._locals, self._scales, strict=True)
-        for parameter, part, scale in parts:
+        for place in places:
+            parameter, part = self.parameters[place], self._locals[place]
+            scale = self._scales[place]
             if parameter not in self.state:
                 self.state[parameter] = {
                     "step": torch.zeros((), device=part.device),
@@ -126,19 +130,21 @@ class Optimizer:
             tensors.
         """
         gradients = [local(parameter.grad) for parameter in self.parameters]
-        norm = total_norm(gradients, self.shard_group)
+        norm = total_norm(gradients, self._team, self.shard_group)
         is_good = norm.isfinite() & loss.to(norm.device).isfinite()
         if self.spike_factor:
             is_good = _on_all(is_good & ~self._is_spike(norm))
         divisor = (norm / self.max_grad_norm).clamp_min(1).nan_to_num(1, 1)
         for scale, rate in self._rates.items():
             rate.copy_(self.lr * scale)
-        # The fused kernel divides by the one, and does nothing where the other is set.
-        self._adamw.grad_scale = divisor.float()
-        self._adamw.found_inf = (~is_good).float()
         for part, gradient in zip(self._locals, gradients, strict=True):
             part.grad = gradient
-        self._adamw.step()
+        for adamw in self._adamw:
+            # The fused kernel divides by the one, and does nothing where the other is
+            # set.
+            adamw.grad_scale = divisor.float()
+            adamw.found_inf = (~is_good).float()
+        self._team.map(lambda number: self._adamw[number].step())
         if self._muon is not None:
             self._muon.step(divisor, is_good)
         for parameter, part in zip(self.parameters, self._locals, strict=True):
@@ -194,10 +200,13 @@ def new_optimizer(
 
 
 def total_norm(
-    tensors: list[Tensor], shard_group: dist.ProcessGroup | None = None
+    tensors: list[Tensor], team: Team, shard_group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Euclidean norm of all tensors together, over the processes that share them."""
-    norm = torch.nn.utils.get_total_norm(tensors)
+    norms = team.map(
+        lambda number: torch._foreach_norm([tensors[i] for i in team.parts[number]])
+    )
+    norm = torch.linalg.vector_norm(torch.stack(list(itertools.chain(*norms))))
     if shard_group is None:
         return norm
     square = norm.square()
@@ -239,8 +248,13 @@ class Ema:
         self.weights: dict[str, Tensor] = {
             name: parameter.detach().clone() for name, parameter in parameters.items()
         }
-        self._sources = [local(p.detach()) for p in parameters.values()]
-        self._averages = [local(weight) for weight in self.weights.values()]
+        sources = [local(p.detach()) for p in parameters.values()]
+        averages = [local(weight) for weight in self.weights.values()]
+        self._team = Team(sources)
+        self._parts = [
+            ([averages[i] for i in part], [sources[i] for i in part])
+            for part in self._team.parts
+        ]
 
     def share(self, step: int) -> float:
         """What part of the average a step's weights become; more at first.
@@ -254,7 +268,9 @@ class Ema:
     def update(self, share: Tensor) -> None:
         """Move by `share` (a scalar, on the weights' device) towards the weights."""
         if not share.is_cuda:  # in one pass, where the number can be had
-            torch._foreach_lerp_(self._averages, self._sources, share.item())
+            number = share.item()
+            self._team.map(lambda i: torch._foreach_lerp_(*self._parts[i], number))
             return
-        torch._foreach_mul_(self._averages, 1 - share)
-        torch._foreach_add_(self._averages, torch._foreach_mul(self._sources, share))
+        for averages, sources in self._parts:
+            torch._foreach_mul_(averages, 1 - share)
+            torch._foreach_add_(averages, torch._foreach_mul(sources, share))

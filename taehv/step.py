@@ -83,9 +83,18 @@ class TrainingStep:
 
         What is compiled stays; graphs are captured anew, on the same stream.
         """
+        self.release()
+        self.optimizer, self.ema, self.loss = optimizer, ema, loss
+
+    def release(self) -> None:
+        """Let go of the graphs: NCCL ends only when none holds a call of its.
+
+        github.com/pytorch/pytorch/issues/115388
+        """
+        for captured in self._captured.values():
+            captured.graph.reset()
         self._captured.clear()
         self._calls.clear()
-        self.optimizer, self.ema, self.loss = optimizer, ema, loss
 
     def __call__(self, batches: list[Targets], step: int, rate: float) -> StepResult:
         """Train.

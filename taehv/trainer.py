@@ -524,6 +524,7 @@ class Trainer:
             gc.enable()
             gc.unfreeze()
             loader.close()
+            self.training_step.release()
         self._finish()
 
     def _between_steps(self, action: Callable[[], None]) -> None:

@@ -17,6 +17,7 @@ from taehv.optim import (
     total_norm,
 )
 from taehv.sections import Optim
+from taehv.team import Team
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_a_bad_step_of_muon_changes_nothing() -> None:
 
 def test_total_norm() -> None:
     tensors = [torch.tensor([3.0]), torch.zeros(0), torch.tensor([[0.0], [4.0]])]
-    assert total_norm(tensors).item() == 5
+    assert total_norm(tensors, Team(tensors)).item() == 5
 
 
 def stepped(optimizer: Optimizer, norm: float) -> bool:
