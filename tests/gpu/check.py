@@ -125,6 +125,7 @@ class Check(Runs):
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        self.running.remove(process)
         before = self.losses(form.name)
         one = Form(form.name, 1, form.settings)
         output = self.finish(one, self.start(one, *config))
@@ -210,15 +211,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         check = Check(settings.clips, Path(output), settings.steps, settings.cpu)
         print(f"{most} x {device}, PyTorch {torch.__version__}", flush=True)
-        if settings.only != "flagship":
-            found = forms(most, settings.cpu)
-            chosen = [form for form in found if re.search(settings.match, form.name)]
-            worst = compare(check, chosen, most)
-        if settings.only != "forms":
-            try:
-                check.flagship(most)
-            except Failed as failure:
-                sys.exit(str(failure))
+        with check.ended():
+            if settings.only != "flagship":
+                found = forms(most, settings.cpu)
+                chosen = [f for f in found if re.search(settings.match, f.name)]
+                worst = compare(check, chosen, most)
+            if settings.only != "forms":
+                try:
+                    check.flagship(most)
+                except Failed as failure:
+                    sys.exit(str(failure))
     if worst > TOLERANCE:
         sys.exit(f"losses differ by {worst:.1%}")
 

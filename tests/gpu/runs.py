@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +67,7 @@ class Runs:
         more: dict[str, object],
     ) -> None:
         self.output, self.cpu = output, cpu
+        self.running: list[subprocess.Popen[str]] = []
         self.base = {
             "data.root": clips,
             "data.holdout": "bikes*,carphone*",
@@ -123,7 +126,7 @@ class Runs:
         environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.command(form, *config, launch=launch, **more),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -131,6 +134,8 @@ class Runs:
             env=environment,
             start_new_session=True,
         )
+        self.running.append(process)
+        return process
 
     def finish(self, form: Form, process: subprocess.Popen[str]) -> str:
         """Wait for a run.
@@ -139,9 +144,22 @@ class Runs:
             Failed: with what it printed last.
         """
         output, _ = process.communicate()
+        self.running.remove(process)
         if process.returncode:
             raise Failed(f"{form.name} failed:\n{output[-3000:]}")
         return output
+
+    @contextlib.contextmanager
+    def ended(self) -> Iterator[None]:
+        """Kill what still runs at the end, also on SIGTERM, and show its last words."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
+        try:
+            yield
+        finally:
+            for process in self.running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                print(f"killed:\n{process.communicate()[0][-3000:]}", flush=True)
 
     def losses(self, name: str) -> list[float]:
         """The loss of every step of a run."""
