@@ -207,7 +207,9 @@ class Student:
         shard_group = mesh["shard"].get_group() if is_sharded else None
         optimizer = new_optimizer(*roots, config.optim, shard_group)
         ema = Ema(parameters, config.optim.ema_decay)
-        graph = uses_cuda_graph(config.compile, config.parallelism, world.device)
+        graph = uses_cuda_graph(
+            config.compile, config.parallelism, config.seraena, world.device
+        )
         self.seraena = None
         if config.seraena.enable:
             self.seraena = self._seraena(world, mesh, dtype, shard_group)

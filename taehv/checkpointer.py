@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import tomli
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from taehv.checkpoint import (
@@ -34,7 +36,7 @@ from taehv.checkpoint import (
 )
 from taehv.distributed import check_agreement
 from taehv.errors import UserError
-from taehv.optim import local
+from taehv.optim import local, locals_of
 from taehv.sections import Checkpoint
 from taehv.storage import Damaged, Folder, verify
 
@@ -43,6 +45,12 @@ T = TypeVar("T")
 
 LONG_WAIT = 1.0
 """Seconds that a save may hold up the training without a warning."""
+POLL_STEPS = 8
+"""Steps between two looks at a save: processes wait for one another in each."""
+USUAL_SWITCH_SECONDS = sys.getswitchinterval()
+SWITCH_SECONDS = 1e-4
+"""How long a thread keeps Python from others while one saves. The training gives Python
+up in every operation of PyTorch, and waits so long to have it again."""
 
 
 class SaveFailed(Exception):
@@ -78,6 +86,7 @@ class _Pending:
     """Whether the deadline has passed on a process, which all know of."""
     times_late: int = 0
     """How often it was counted as failed."""
+    polls: int = 0
 
 
 class _Staging:
@@ -88,8 +97,8 @@ class _Staging:
     """
 
     def __init__(self, state: State) -> None:
-        tensors = [value for group in state.values() for value in group.values()]
-        self.device = next((v.device for v in tensors if v.is_cuda), None)
+        devices = (value.device for value in _tensors(state) if value.is_cuda)
+        self.device = next(devices, None)
         self.state = {
             group: {
                 name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -97,15 +106,16 @@ class _Staging:
             }
             for group, tensors in state.items()
         }
+        self._copies = locals_of(_tensors(self.state))
         self._copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def fill(self, state: State) -> None:
         """Begin to copy; on the CPU it is done afterwards."""
-        for group, tensors in state.items():
-            for name, value in tensors.items():
-                copy = local(self.state[group][name])
-                copy.copy_(local(value), non_blocking=True)
+        values = [
+            state[group][name] for group, names in self.state.items() for name in names
+        ]
+        torch._foreach_copy_(self._copies, locals_of(values), non_blocking=True)
         if self.device is not None:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -130,6 +140,10 @@ class _Staging:
         for name, bound in zip(values, largest, strict=True):
             if not math.isfinite(bound):
                 raise SaveFailed(f"{name} is not finite")
+
+
+def _tensors(state: State) -> list[Tensor]:
+    return [value for group in state.values() for value in group.values()]
 
 
 class Checkpointer:
@@ -298,13 +312,21 @@ class Checkpointer:
             self.wait()
 
     def poll(self) -> None:
-        """Learn whether the save in the background is done (a collective).
+        """Learn after some steps whether the save in the background is done.
 
-        Costs nothing where there is none, else a reduction on the CPU.
+        A collective, which costs nothing where there is none, else a reduction on the
+        CPU now and then.
 
         Raises:
             UserError: too many saves in a row have failed.
         """
+        if self._pending is not None:
+            self._pending.polls += 1
+            if self._pending.polls % POLL_STEPS == 0:
+                self._agree()
+
+    def _agree(self) -> None:
+        """Learn whether the save in the background is done (a collective)."""
         pending = self._pending
         if pending is None:
             return
@@ -331,7 +353,7 @@ class Checkpointer:
             self._failed(pending, _cause(error))
 
     def wait(self) -> None:
-        """As `poll`, once the save is done or too late, and so failed (collective)."""
+        """As `_agree`, once the save is done or too late, and so failed."""
         pending, begun = self._pending, time.monotonic()
         if pending is not None:
             left = pending.deadline - begun
@@ -340,8 +362,8 @@ class Checkpointer:
             self._check_late()
 
     def _check_late(self) -> None:
-        """As `poll`; every time limit that a save takes is a failure."""
-        self.poll()
+        """As `_agree`; every time limit that a save takes is a failure."""
+        self._agree()
         pending = self._pending
         if pending is not None and pending.is_overdue:
             pending.times_late += 1
@@ -379,12 +401,15 @@ class Checkpointer:
     # --- in the background -----------------------------------------------------------
 
     def _run(self, pending: _Pending, staging: _Staging, texts: dict[str, str]) -> None:
+        sys.setswitchinterval(SWITCH_SECONDS)
         try:
             self._write(pending.step, staging, texts)
         except BaseException as error:  # raised again by poll
             pending.done.set_exception(error)
         else:
             pending.done.set_result(None)
+        finally:
+            sys.setswitchinterval(USUAL_SWITCH_SECONDS)
 
     def _write(self, step: int, staging: _Staging, texts: dict[str, str]) -> None:
         staging.wait()

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import (
 )
 
 from taehv.errors import INTERRUPT_CODE, STOPPED, UserError
-from taehv.sections import Compile, Parallelism
+from taehv.sections import Compile, Parallelism, Seraena
 
 COMPILED = Path("~/.cache/taehv/inductor")
 SHAPES = 64
@@ -287,7 +287,7 @@ def keep_compiled_code(folder: Path = COMPILED) -> None:
 
 
 def uses_cuda_graph(
-    settings: Compile, parallelism: Parallelism, device: torch.device
+    settings: Compile, parallelism: Parallelism, seraena: Seraena, device: torch.device
 ) -> bool:
     """Whether the training step is to be replayed as one CUDA graph.
 
@@ -296,10 +296,16 @@ def uses_cuda_graph(
     """
     if settings.cuda_graph is True and device.type != "cuda":
         raise UserError("compile.cuda_graph = true needs a GPU: set it to auto")
-    if settings.cuda_graph != "auto":
-        return settings.cuda_graph
-    alone = dist.get_world_size() == 1
-    return device.type == "cuda" and alone and not parallelism.cpu_offload
+    if settings.cuda_graph != "auto" or device.type != "cuda":
+        return settings.cuda_graph is True
+    # A graph cannot hold what the host has to take part in.
+    if parallelism.cpu_offload or (
+        seraena.enable and seraena.replay_device == "cpu" and seraena.replay_size
+    ):
+        return False
+    # Of several GPUs, what has been seen to work.
+    seen = parallelism.mode == "replicate" and not seraena.enable
+    return seen or dist.get_world_size() == 1
 
 
 def set_gradient_sync(roots: list[nn.Module], enabled: bool) -> None:

@@ -24,10 +24,15 @@ HISTORY = 64
 """Norms of gradients of which the median is taken."""
 
 
-@torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return locals_of([tensor])[0]
+
+
+@torch.no_grad()
+def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's part of each tensor, in the same memory."""
+    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
 
 
 class Optimizer:

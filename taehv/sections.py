@@ -369,8 +369,8 @@ class Compile:
     same to rounding; also where nothing is compiled."""
     cuda_graph: bool | Literal["auto"] = "auto"
     """Replay the whole training step as one CUDA graph, so that the GPU never waits for
-    Python; auto: with one GPU and without CPU offload. With several GPUs, true puts
-    what they send one another into the graph too."""
+    Python, with what GPUs send one another; auto: with one GPU or in mode replicate,
+    without CPU offload, and with several GPUs without seraena."""
 
 
 @dataclass

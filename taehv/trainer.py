@@ -245,16 +245,11 @@ class Trainer:
             self.optimizer,
             self.ema,
             config.loss,
-            self._uses_cuda_graph(),
+            uses_cuda_graph(
+                config.compile, config.parallelism, config.seraena, self.world.device
+            ),
             self.seraena,
         )
-
-    def _uses_cuda_graph(self) -> bool:
-        settings, device = self.config.seraena, self.world.device
-        # A graph cannot hold what the host has to take part in.
-        if settings.enable and settings.replay_device == "cpu" and settings.replay_size:
-            return False
-        return uses_cuda_graph(self.config.compile, self.config.parallelism, device)
 
     def _build_seraena(self, shard_group: dist.ProcessGroup | None) -> Seraena:
         config, world, settings = self.config, self.world, self.config.seraena

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from taehv.checkpoint import METADATA, State, load
-from taehv.checkpointer import Checkpointer, Saved, texts_beside
+from taehv.checkpointer import POLL_STEPS, Checkpointer, Saved, texts_beside
 from taehv.config import dumps
 from taehv.distributed import started
 from taehv.errors import UserError
@@ -78,10 +78,13 @@ def test_training_goes_on_while_a_save_is_written(
     gate, state = Gate(monkeypatch), tensors(1)
     checkpointer.save(1, state, {})
     state["model"]["weight"].fill_(2)  # the next steps
-    checkpointer.poll()
+    for _ in range(POLL_STEPS):
+        checkpointer.poll()
     assert not saved and checkpointer.saved_step is None and not checkpointer.steps()
     gate.opened.set()
-    checkpointer.wait()
+    deadline = time.monotonic() + 30
+    while not saved and time.monotonic() < deadline:
+        checkpointer.poll()
     assert [s.step for s in saved] == [1] == checkpointer.steps()
     assert 0 < saved[0].blocked_ms < 1000 * saved[0].seconds
     assert value_in(checkpointer.path(1)) == 1

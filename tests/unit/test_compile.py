@@ -10,8 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taehv.distributed import compile_in_place, keep_compiled_code, take_cores
-from taehv.sections import Compile
+from taehv import distributed
+from taehv.distributed import (
+    compile_in_place,
+    keep_compiled_code,
+    take_cores,
+    uses_cuda_graph,
+)
+from taehv.sections import Compile, Parallelism, Seraena
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CPU = torch.device("cpu")
@@ -98,3 +104,34 @@ def test_offloading_takes_its_share_of_cores(
         assert torch.get_num_threads() == taken
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallelism", "seraena", "expected"),
+    [
+        (1, {}, {}, True),
+        (2, {}, {}, True),
+        (1, {"mode": "fsdp"}, {}, True),
+        (2, {"mode": "fsdp"}, {}, False),
+        (1, {"mode": "fsdp", "cpu_offload": True}, {}, False),
+        (1, {}, {"enable": True}, True),
+        (2, {}, {"enable": True}, False),
+        (1, {}, {"enable": True, "replay_device": "cpu"}, False),
+    ],
+)
+def test_graphs_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    parallelism: dict[str, Any],
+    seraena: dict[str, Any],
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: processes)
+    sections = Parallelism(**parallelism), Seraena(**seraena)
+    assert uses_cuda_graph(Compile(), *sections, torch.device("cuda")) is expected
+    assert not uses_cuda_graph(Compile(), *sections, torch.device("cpu"))
+    for wanted in (True, False):
+        found = uses_cuda_graph(
+            Compile(cuda_graph=wanted), *sections, torch.device("cuda")
+        )
+        assert found is wanted
