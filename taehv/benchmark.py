@@ -36,7 +36,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "decode": (bench_decode, "decoding of whole videos, and latent by latent"),
     "data": (bench_data, "decoding of training clips from the videos under --root"),
     "teacher": (bench_teacher, "steps with a teacher, live and cached"),
-    "curves": (bench_curves, "loss curves of all ways, beside two seeds"),
+    "curves": (bench_curves, "loss curves of all ways, beside three seeds"),
     "memory": (bench_memory, "the largest batch that fits"),
     "recipe": (bench_recipe, "recipes of a --study; see docs/recipe.md"),
     "start": (bench_start, "the time from launch to the first step"),
