@@ -19,7 +19,6 @@ import tomli
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from taehv.checkpoint import (
@@ -87,6 +86,7 @@ class _Pending:
     times_late: int = 0
     """How often it was counted as failed."""
     polls: int = 0
+    ended: float = 0.0
 
 
 class _Staging:
@@ -97,8 +97,8 @@ class _Staging:
     """
 
     def __init__(self, state: State) -> None:
-        devices = (value.device for value in _tensors(state) if value.is_cuda)
-        self.device = next(devices, None)
+        tensors = [value for group in state.values() for value in group.values()]
+        self.device = next((v.device for v in tensors if v.is_cuda), None)
         self.state = {
             group: {
                 name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -106,16 +106,18 @@ class _Staging:
             }
             for group, tensors in state.items()
         }
-        self._copies = locals_of(_tensors(self.state))
+        places = [(group, name) for group, of in state.items() for name in of]
+        copies = locals_of(self.state[group][name] for group, name in places)
+        self._copies = dict(zip(places, copies, strict=True))
         self._copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def fill(self, state: State) -> None:
         """Begin to copy; on the CPU it is done afterwards."""
-        values = [
-            state[group][name] for group, names in self.state.items() for name in names
-        ]
-        torch._foreach_copy_(self._copies, locals_of(values), non_blocking=True)
+        places = [(group, name) for group, of in state.items() for name in of]
+        values = locals_of(state[group][name] for group, name in places)
+        copies = [self._copies[place] for place in places]
+        torch._foreach_copy_(copies, values, non_blocking=True)
         if self.device is not None:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -140,10 +142,6 @@ class _Staging:
         for name, bound in zip(values, largest, strict=True):
             if not math.isfinite(bound):
                 raise SaveFailed(f"{name} is not finite")
-
-
-def _tensors(state: State) -> list[Tensor]:
-    return [value for group in state.values() for value in group.values()]
 
 
 class Checkpointer:
@@ -373,7 +371,7 @@ class Checkpointer:
 
     def _succeeded(self, pending: _Pending) -> None:
         self.failures, self.saved_step = 0, pending.step
-        seconds = time.monotonic() - pending.begun
+        seconds = pending.ended - pending.begun
         saved = Saved(pending.step, pending.blocked * 1000, seconds)
         log.info(
             f"saved step {saved.step} in {saved.seconds:.1f} s, the training stood "
@@ -401,15 +399,18 @@ class Checkpointer:
     # --- in the background -----------------------------------------------------------
 
     def _run(self, pending: _Pending, staging: _Staging, texts: dict[str, str]) -> None:
+        error = None
         sys.setswitchinterval(SWITCH_SECONDS)
         try:
             self._write(pending.step, staging, texts)
-        except BaseException as error:  # raised again by poll
-            pending.done.set_exception(error)
-        else:
+        except BaseException as raised:  # raised again by poll
+            error = raised
+        sys.setswitchinterval(USUAL_SWITCH_SECONDS)
+        pending.ended = time.monotonic()
+        if error is None:
             pending.done.set_result(None)
-        finally:
-            sys.setswitchinterval(USUAL_SWITCH_SECONDS)
+        else:
+            pending.done.set_exception(error)
 
     def _write(self, step: int, staging: _Staging, texts: dict[str, str]) -> None:
         staging.wait()

@@ -357,10 +357,9 @@ def _run(
     x_BCHW = _images(x_NTHWC)
     if isinstance(first, MemoryBlock):
         past_BCHW = _images(previous_frames(x_NTHWC, before_N1HWC))
-        if is_fused and isinstance(first, MemBlock) and has_kernel(x_BCHW):
-            x_BCHW = first.rectified(x_BCHW, past_BCHW)
-        else:
-            x_BCHW = first(x_BCHW, past_BCHW)
+        fits = isinstance(first, MemBlock) and has_kernel(x_BCHW, first.conv[0])
+        compute = first.rectified if is_fused and fits else first
+        x_BCHW = compute(x_BCHW, past_BCHW)
     elif others and fused.pays(x_BCHW, blocks[-1].weight):
         x_BCHW = _run_fused(blocks, x_BCHW)
     else:
@@ -645,7 +644,7 @@ class TAEHV(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether linear layers in a row are computed as one convolution.
+        """Whether layers in a row are computed as one.
 
         On by default: the same function to rounding, of the same parameters, and
         faster. Set it before compiling.

@@ -2,7 +2,7 @@
 
 PyTorch runs them as two or more, each of which reads and writes the whole activation.
 The gradients are those of the layers one by one; the ReLU's comes from its output, so
-that nothing but inputs and outputs is kept.
+that nothing but inputs and outputs is kept. cuDNN's ReLU may make 0 of NaN.
 """
 
 from __future__ import annotations
@@ -32,10 +32,27 @@ def rectify(x_BCHW: Tensor, conv: nn.Conv2d, skip_BCHW: Tensor, share: float) ->
     return _conv_relu(x_BCHW, weight, conv.bias, skip_BCHW, share, padding)
 
 
-def has_kernel(x_BCHW: Tensor) -> bool:
-    """Whether cuDNN computes this input's convolutions with what follows them."""
-    is_half = x_BCHW.dtype in (torch.bfloat16, torch.float16)
-    return x_BCHW.is_cuda and is_half and torch.backends.cudnn.enabled
+def has_kernel(x_BCHW: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether cuDNN computes such convolutions with what follows them.
+
+    Under autocast the weights are of another type, and inputs of more than 2^31 numbers
+    are PyTorch's to split.
+    """
+    return (
+        x_BCHW.is_cuda
+        and x_BCHW.dtype in (torch.bfloat16, torch.float16)
+        and conv.weight.dtype == x_BCHW.dtype
+        and x_BCHW[:, 0].numel() * max(conv.weight.shape[:2]) < 2**31
+        and torch.backends.cudnn.enabled
+        and _fuses(x_BCHW.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _fuses(device: torch.device) -> bool:
+    """Whether cuDNN has kernels there that take other operations along."""
+    is_nvidia = torch.version.cuda is not None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.library.custom_op(

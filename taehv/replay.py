@@ -66,7 +66,15 @@ class Continuation:
         if key not in self._recordings:
             if self._calls[key] < WARMUP_CALLS:
                 return self._warm_up(x_NTCHW, key)
-            self._recordings[key] = self._record(x_NTCHW)
+            waiting = dict(self._memory.waiting)
+            try:
+                self._recordings[key] = self._record(x_NTCHW)
+            except torch.OutOfMemoryError:
+                self._memory.waiting = waiting
+                if self.graph is True:
+                    raise
+                self.graph = False  # it fits without
+                return self._blocks(x_NTCHW, self._memory)
         return self._recordings[key].replay(x_NTCHW, self._memory)
 
     def _warm_up(self, x_NTCHW: Tensor, key: tuple[object, ...]) -> Tensor:

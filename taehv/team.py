@@ -62,6 +62,10 @@ def _new_threads(count: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         all_there.wait()
 
-    list(threads.map(begin, range(count)))
+    try:
+        list(threads.map(begin, range(count)))
+    except RuntimeError:  # there are no more threads to be had
+        all_there.abort()
+        raise
     torch.set_num_threads(before)  # for all other threads that are to come
     return threads

@@ -37,9 +37,9 @@ DEFAULT_RATE = 25
 # Seconds before the window at which decoding is tried in turn; the last one is the
 # start of the file.
 REWINDS = (0.0, 0.5, 2.0, 8.0, float("inf"))
-# The deepest reordering that H.264 and HEVC allow, in frames.
 MOST_PACKETS = 2**30
 """Bytes of packets that are read to find a window."""
+# The deepest reordering that H.264 and HEVC allow, in frames.
 REORDER = 16
 # Decoders that honour skip_frame packet by packet; others (dav1d) lose frames by it.
 SKIPPING_DECODERS = ("h264", "hevc")
@@ -374,13 +374,18 @@ class VideoWriter(WholeWriter):
         `pts` and `duration`, in units of the time base, say when and how long it is
         shown; by default it follows the one before. The frame is read later: leave it
         as it is.
+
+        Raises:
+            ValueError: it is of another size or type.
         """
         if self._stream is None:
-            height, width = frame_HWC.shape[:2]
+            self._shape = height, width, _ = frame_HWC.shape
             self._stream = self._new_stream(height + height % 2, width + width % 2)
             self._converter = _Converter(self._stream.height, self._stream.width)
             if self._source is not None:
                 self._sound = _Sound(self._source, self._container)
+        if frame_HWC.shape != self._shape or frame_HWC.dtype != np.uint8:
+            raise ValueError(f"{frame_HWC.dtype} {frame_HWC.shape}: not as the first")
         times = self._written if pts is None else pts, duration or 1
         self._written += 1
         self._waiting.append((self._pool.submit(self._converter, frame_HWC), *times))

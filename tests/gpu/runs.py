@@ -157,6 +157,8 @@ class Runs:
             yield
         finally:
             for process in self.running:
+                if process.stdout is None or process.stdout.closed:
+                    continue  # it has ended, and was told of
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 print(f"killed:\n{process.communicate()[0][-3000:]}", flush=True)

@@ -183,6 +183,26 @@ def test_large_calls_are_recorded_on_demand_alone(
         assert len(stream._decoder._recordings) == decoder
 
 
+@pytest.mark.usefixtures("tapes")
+def test_a_graph_that_does_not_fit_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = new_model("taehv")
+    x_NTCHW = frames(model, 9)
+    lengths = (1,) * 9  # some of the frames wait for others
+    expected = coded(StreamingTAEHV(model, graph=False), x_NTCHW, lengths)
+
+    def full(tape: Tape, **_: Any) -> Iterator[None]:
+        with record(tape):
+            yield
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.contextmanager(full))
+    assert_same(coded(StreamingTAEHV(model), x_NTCHW, lengths), expected)
+    with pytest.raises(torch.OutOfMemoryError):
+        coded(StreamingTAEHV(model, graph=True), x_NTCHW, lengths)
+
+
 def test_a_stream_outlives_inference_mode() -> None:
     model = new_model("taehv")
     stream = StreamingTAEHV(model)

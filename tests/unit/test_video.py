@@ -394,13 +394,19 @@ def test_threads_convert_as_swscale_does():
         np.testing.assert_array_equal(found.to_ndarray(), wanted.to_ndarray())
 
 
-def test_a_frame_that_does_not_fit_is_an_error_and_leaves_nothing(tmp_path: Path):
+@pytest.mark.parametrize(
+    "frame_HWC",
+    [np.zeros((8, 6, 3), np.uint8), np.zeros((8, 8, 3)), np.zeros((8, 8, 1), np.uint8)],
+)
+def test_a_frame_that_is_not_as_the_first_is_an_error_and_leaves_nothing(
+    tmp_path: Path, frame_HWC: np.ndarray
+):
     with (
-        pytest.raises(ValueError, match="broadcast"),
-        VideoWriter(tmp_path / "a.mp4", 25) as writer,
+        pytest.raises(ValueError, match="not as the first"),
+        VideoWriter(tmp_path / "out.mp4", 25) as writer,
     ):
-        writer.write(np.zeros((16, 16, 3), np.uint8))
-        writer.write(np.zeros((18, 16, 3), np.uint8))
+        writer.write(np.zeros((8, 8, 3), np.uint8))
+        writer.write(frame_HWC)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,72 @@
+"""One step as the device sees it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taehv import TAEHV
+from taehv.distributed import World, shard, started
+from taehv.losses import Targets
+from taehv.optim import Ema, Optimizer
+from taehv.sections import Loss, Optim, Parallelism
+from taehv.step import TrainingStep
+
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Graph:
+    """Stands for a torch.cuda.CUDAGraph."""
+
+    def __init__(self) -> None:
+        self.is_there = True
+
+    def reset(self) -> None:
+        self.is_there = False
+
+
+class Captured:
+    """Stands for what was recorded."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+
+
+def new_step(world: World, graph: bool) -> TrainingStep:
+    """Of new weights."""
+    torch.manual_seed(0)
+    model = TAEHV("taehv").to(world.device)
+    roots = [model.encoder, model.decoder]
+    shard(roots, world.mesh, torch.float32, cpu_offload=False)
+    named = dict(model.named_parameters())
+    optimizer = Optimizer(named.values(), Optim())
+    return TrainingStep(model, roots, optimizer, Ema(named, 0.9), Loss(), graph)
+
+
+def test_graphs_are_let_go_of() -> None:
+    """NCCL would wait for them without end."""
+    with started(Parallelism(), "cpu") as world:
+        step = new_step(world, graph=False)
+        for let_go in (
+            step.release,
+            lambda: step.renew(step.optimizer, step.ema, step.loss),
+        ):
+            captured = Captured()
+            step._captured["alone", ()] = captured
+            let_go()
+            assert not step._captured and not captured.graph.is_there
+
+
+@ON_GPU
+def test_a_graph_is_captured_anew_after_release() -> None:
+    with started(Parallelism(), "cuda") as world:
+        step = new_step(world, graph=True)
+        frames_NTCHW = torch.rand(2, 4, 3, 32, 32, device=world.device)
+        losses = []
+        for number in range(12):
+            if number == 6:
+                step.release()
+            result = step([Targets(frames_NTCHW)], number, 1e-3)
+            losses.append(result.values[0].item())
+        assert losses[-1] < losses[0] and len(step._captured) == 1
+        step.release()
