@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from taehv.clips import Batch, Clip, ClipSource, Failure, collate
 from taehv.errors import UserError
+from taehv.pools import end_with_parent
 from taehv.sampler import Plan
 
 log = logging.getLogger("taehv")
@@ -152,6 +153,7 @@ def worker_options(workers: int, prefetch: int, timeout: float) -> dict[str, Any
 
 
 def _start_worker(worker: int) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     # Ctrl-C reaches every process; the training process finishes its step first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -38,7 +40,7 @@ def shared(
         waiting: dict[Future[T], int] = {}
         unsent: list[int] = []
         try:
-            with ProcessPoolExecutor(processes, context) as pool:
+            with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
                 while True:
                     room = WAITING * processes - len(waiting)
                     for item in itertools.islice(rest, room):
@@ -57,8 +59,23 @@ def shared(
 
 def alone(call: Callable[[int], T], item: int) -> T | None:
     """What a call makes of an item in a process of its own; None if that ends."""
-    with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
+    with ProcessPoolExecutor(1, get_context("forkserver"), end_with_parent) as pool:
         try:
             return pool.submit(call, item).result()
         except BrokenProcessPool:
             return None
+
+
+def end_with_parent() -> None:
+    """Let this process, which another one has started, end with it however that ends.
+
+    A fork server lives as long as its processes; neither would notice by itself.
+    """
+    parent = parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()

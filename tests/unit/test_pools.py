@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 from taehv.pools import alone, shared
 
@@ -19,3 +24,49 @@ def test_what_ends_its_process_is_told_and_the_rest_is_done() -> None:
     deadly = {7, 8, 60}
     assert found == {i: None if i in deadly else i * i for i in range(70)}
     assert alone(squared, 3) == 9
+
+
+STARTS = """
+import os, sys, time
+from taehv.pools import shared
+from tests.unit.test_pools import stay
+
+if __name__ == "__main__":
+    for _ in shared(stay, range(2), 2, "taehv.errors"):
+        pass
+"""
+
+
+def stay(item: int) -> None:
+    """Tell who works, and go on for long."""
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "starts.py"
+    script.write_text(STARTS)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, env=environment
+    )
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_there, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in workers if is_there(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    process.stdout.close()
+    assert not left
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
