@@ -23,7 +23,7 @@ settings=(--config "$CONFIG_FILE")
 if [ "$CONFIG_FILE" = train_configs/debug.toml ]; then
     settings+=("--training.global_batch_size=$((2 * NNODES * NGPU))")
     case " $* " in
-    *" --data.root"*) ;;
+    *" --data.root"*) settings+=("--data.holdout=") ;; # a share, of other videos
     *) "$PYTHON" -m taehv.samples ;;
     esac
 fi

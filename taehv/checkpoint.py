@@ -153,6 +153,13 @@ def load(folder: Folder, state: State, optional: Collection[str] = ()) -> set[st
     dist.all_gather_object(told, left)
     filled = {group: t for group, t in state.items() if group not in set().union(*told)}
     for name, size, stored in _misfits(metadata, filled):
+        if not any(
+            key.startswith("optimizer.") for key in metadata.state_dict_metadata
+        ):
+            raise UserError(
+                f"{folder} holds weights alone: begin from them with "
+                f"--model.checkpoint {folder}, and without checkpoint.resume_from"
+            )
         raise UserError(
             f"{folder} does not fit this run: it has {name} as "
             f"{list(stored) if stored is not None else 'nothing'} and not as "

@@ -70,6 +70,10 @@ def started(
     chosen = _device(device, local_rank)
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                "RANK is set, but not MASTER_ADDR: start with torchrun, or unset RANK"
+            )
         try:
             # torchrun's store remembers the processes that it has started anew
             # since (github.com/pytorch/pytorch/issues/135712).

@@ -71,3 +71,13 @@ def test_a_port_in_use_is_told() -> None:
         assert program.returncode == 2
         assert f"cannot meet at 127.0.0.1:{port}" in program.stderr
         assert "Traceback" not in program.stderr
+        del alone["MASTER_ADDR"]
+        program = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), "--data.root=/"],
+            env={**os.environ, **alone},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert program.returncode == 2
+        assert program.stderr.startswith("error: RANK is set, but not MASTER_ADDR")

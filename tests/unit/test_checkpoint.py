@@ -162,6 +162,8 @@ def test_weights_without_a_training(tmp_path: Path) -> None:
     assert about == {"variant": "taecvx"}
     with pytest.raises(UserError, match="holds no ema weights"):
         load_weights(tmp_path / "new", "ema")
+    with pytest.raises(UserError, match="weights alone: begin from them with --model"):
+        load(Folder(tmp_path / "new"), state_of(2))
 
 
 def test_about_may_be_missing_but_not_damaged(tmp_path: Path) -> None:
