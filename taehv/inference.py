@@ -4,6 +4,9 @@ python -m taehv.inference outputs/NAME video.mp4                # -> reconstruct
 python -m taehv.inference taew2_1.pth videos/ --output out --side-by-side
 python -m taehv.inference taew2_1.pth video.mp4 --to latents --output video.safetensors
 python -m taehv.inference taew2_1.pth video.safetensors --latents --output video.mp4
+
+MP4 has even heights and widths alone: odd ones gain a row or a column. A search of a
+folder leaves the output folder out, and takes folders of images where no video is.
 """
 
 from __future__ import annotations
@@ -333,24 +336,45 @@ class Job:
             raise UserError(f"{self.target} holds other files: give another --output")
         return overwrite
 
+    def make_folder(self) -> None:
+        """Make the folder of the target; raises UserError where that cannot be."""
+        folder = self.target.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.source}: the folder {folder} cannot be made "
+                f"({error.strerror}): give another --output"
+            ) from None
+
 
 def plan(inputs: list[Path], output: Path, to: str | None, latents: bool) -> list[Job]:
     """What to do with which file.
 
     Args:
         inputs: files, and folders, which are searched.
-        output: a folder, or for a single input the file.
+        output: a folder, which is not searched, or for a single input the file.
         to: a key of SUFFIXES; None takes images for image folders, else video.
         latents: whether the inputs are latents.
 
     Raises:
-        UserError: there is no such input, or two outputs would have one name.
+        UserError: there is no such input, two outputs would have one name, or one would
+            lie in a file.
     """
-    found = [pair for path in inputs for pair in _sources(path, latents)]
+    jobs = _jobs(inputs, output, to, latents)
+    for folder in {folder for job in jobs for folder in job.target.parents}:
+        if os.path.isfile(folder):
+            raise UserError(f"{folder} is a file, not a folder: give another --output")
+    return jobs
+
+
+def _jobs(inputs: list[Path], output: Path, to: str | None, latents: bool) -> list[Job]:
+    found = [pair for path in inputs for pair in _sources(path, output, latents)]
     wanted = [to or ("images" if p.is_dir() else "video") for p, _ in found]
-    if len(found) == 1 and output.suffix and output.suffix == SUFFIXES[wanted[0]]:
+    suffix = output.suffix.lower()
+    if len(found) == 1 and suffix and suffix == SUFFIXES[wanted[0]]:
         return [Job(found[0][0], output, wanted[0])]
-    if output.suffix.lower() in {*VIDEO_SUFFIXES, *LATENT_SUFFIXES}:
+    if suffix in {*VIDEO_SUFFIXES, *LATENT_SUFFIXES}:
         raise UserError(
             f"--output {output}: name a folder, or for a single input a "
             f"{' or '.join({s for s in map(SUFFIXES.get, wanted) if s}) or 'folder'}"
@@ -371,25 +395,50 @@ def plan(inputs: list[Path], output: Path, to: str | None, latents: bool) -> lis
     return jobs
 
 
-def _sources(path: Path, latents: bool) -> list[tuple[Path, Path]]:
+def _sources(path: Path, output: Path, latents: bool) -> list[tuple[Path, Path]]:
     """The inputs that a path stands for, each with its name below the output."""
     if path.is_file():
-        if path.suffix in LATENT_SUFFIXES and not latents:
+        if path.suffix.lower() in LATENT_SUFFIXES and not latents:
             raise UserError(f"{path} looks like latents: add --latents to decode it")
         return [(path, Path(path.name))]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     suffixes = LATENT_SUFFIXES if latents else VIDEO_SUFFIXES
-    inside = sorted(path.rglob("*"))
+    inside = _inside(path, output)
     found = [p for p in inside if p.suffix.lower() in suffixes and p.is_file()]
-    if not found and not latents:
-        found = [p for p in (path, *inside) if p.is_dir() and images_in(p)]
+    if not latents:
+        folders = [p for p in (path, *inside) if p.is_dir() and images_in(p)]
+        if found:
+            _tell_images(path, folders, found)
+        found = found or folders
     if not found:
         raise UserError(
             f"{path} holds no {'latents' if latents else 'videos or images'}"
         )
     base = path.resolve().name
     return [(p, p.relative_to(path) if p != path else Path(base)) for p in found]
+
+
+def _inside(folder: Path, output: Path) -> list[Path]:
+    """What lies in a folder at any depth, apart from what lies in the output folder."""
+    inside = sorted(folder.rglob("*"))
+    root, target = folder.resolve(), output.resolve()
+    if root not in target.parents:
+        return inside
+    own = folder / target.relative_to(root)
+    return [p for p in inside if own not in p.parents]
+
+
+def _tell_images(path: Path, folders: list[Path], videos: list[Path]) -> None:
+    """Name folders of images that a search leaves out since it found videos."""
+    searched = {parent for video in videos for parent in video.parents}
+    left = [str(folder) for folder in folders if folder not in searched]
+    if left:
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        log.info(
+            f"{path} holds videos, so the images in {left[0]}{more} are not taken from "
+            "it: give their folder as an input"
+        )
 
 
 @dataclass(frozen=True)
@@ -464,7 +513,7 @@ class Runner:
                 yield chunk
 
         chunks = read_ahead(read_chunks(source, self.codec))
-        job.target.parent.mkdir(parents=True, exist_ok=True)
+        job.make_folder()
         with LatentWriter(job.target) as writer:
             write_behind(self.codec.encode(counted(chunks)), writer.write)
             writer.metadata |= {
@@ -486,7 +535,7 @@ class Runner:
         names: list[str] | None = None,
         **video: object,
     ) -> None:
-        job.target.parent.mkdir(parents=True, exist_ok=True)
+        job.make_folder()
         if job.to == "images":
             unique = names and len(set(names)) == len(names)
             writer = ImageWriter(job.target, names if unique else None)
@@ -500,6 +549,8 @@ class Runner:
                 progress.update(len(download.times))
 
             write_behind(frames, write)
+        if isinstance(writer, VideoWriter) and writer.is_padded:
+            log.info(f"{job.target}: odd sizes gained a row or a column, as MP4 wants")
 
 
 def _positive(text: str) -> float:

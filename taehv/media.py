@@ -217,7 +217,7 @@ class _Loaded:
 
 
 def _open_latents(path: Path) -> tuple[_Loaded, Mapping[str, str]]:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         file = safe_open(path, framework="pt", device="cpu")
         key = _only(path, list(file.keys()))
         tensor = file.get_slice(key)

@@ -357,10 +357,16 @@ class VideoWriter(WholeWriter):
         self.crf = crf
         self.pixel_aspect = pixel_aspect
         self._stream: VideoStream | None = None
+        self._shape: tuple[int, ...] = ()
         self._written = 0
         self._waiting: deque[tuple[Future[VideoFrame], int, int]] = deque()
         self._source = sound
         self._sound: _Sound | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the frames written were of an odd size."""
+        return any(side % 2 for side in self._shape[:2])
 
     def _open(self, unfinished: Path) -> None:
         self._container = _new_mp4(unfinished)

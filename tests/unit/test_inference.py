@@ -195,15 +195,18 @@ def test_side_by_side_and_no_sound(
 
 
 def test_odd_sizes_gain_a_row_and_a_column(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     make_images(tmp_path / "shot", 5, (HEIGHT, WIDTH))
-    checkpoint, output = weights / "taehv.safetensors", tmp_path / "b.mp4"
+    checkpoint, output = weights / "taehv.safetensors", tmp_path / "b.MP4"
     code = run(
         *(monkeypatch, checkpoint, tmp_path / "shot", "--output", output),
         *("--to", "video", "--rate", 12.5),
     )
-    assert code == 0
+    assert code == 0 and "gained a row or a column" in capfd.readouterr()[1]
     with av.open(str(output)) as container:
         stream = container.streams.video[0]
         assert (stream.frames, stream.average_rate) == (5, 12.5)
@@ -327,6 +330,43 @@ def test_mistakes_are_one_line(
         lines = capfd.readouterr()[1].splitlines()
         assert code == 1 and told in lines[0] and len(lines) == 2, (told, lines)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_search_leaves_the_outputs_out_and_tells_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def sources(folder: str) -> list[str]:
+        jobs = inference.plan([Path(folder)], Path("reconstructed"), None, False)
+        return [str(job.source) for job in jobs]
+
+    caplog.set_level("INFO", "taehv")
+    for name in ("a.mp4", "deep/b.mp4", "deep/c.png", "reconstructed/deep/b.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert sources(".") == ["a.mp4", "deep/b.mp4"]
+    assert sources("reconstructed") == ["reconstructed/deep/b.mp4"]
+    assert not caplog.messages
+    make_images(tmp_path / "deep/shot", 1, (8, 8))
+    assert sources(".") == ["a.mp4", "deep/b.mp4"]
+    assert len(caplog.messages) == 1 and "images in deep/shot are" in caplog.messages[0]
+
+
+def test_outputs_that_cannot_be(
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    video = make_video(tmp_path / "a.mp4", [0, 40, 80], sound=False)
+    (tmp_path / "afile").touch()
+    for output in ("afile", "afile/b.mp4"):
+        with pytest.raises(UserError, match="afile is a file, not a folder: give"):
+            # Before it is seen that there is no such model.
+            run(monkeypatch, "nosuch.pth", video, "--output", tmp_path / output)
+    common = (monkeypatch, weights / "taehv.safetensors", video)
+    assert run(*common, "--output", "/proc/nope/x.mp4") == 1
+    assert "the folder /proc/nope cannot be made" in capfd.readouterr()[1]
 
 
 @pytest.mark.parametrize("to", ["video", "images", "latents"])
