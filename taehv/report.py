@@ -59,6 +59,15 @@ class Run:
     """By name the steps and the values at them."""
 
 
+HELD_OUT = (
+    *("data.root", "data.sources", "data.annotations"),
+    *("data.holdout", "data.holdout_fraction"),
+    *("data.frames", "data.height", "data.width", "data.stride", "data.crop_scale"),
+    "validation.clips",
+)
+"""What held-out clips depend on."""
+
+
 @dataclass(frozen=True)
 class Chart:
     """To be drawn into the page and into a PNG."""
@@ -289,6 +298,9 @@ def write_report(runs: Sequence[Run], output: Path) -> list[Path]:
         Image.fromarray(_stacked([pixels for pixels, _ in strips])).save(files[2])
     title = " and ".join(run.name for run in runs)
     body = [page.paragraph(_progress(run)) for run in runs]
+    if unlike := _unlike(runs):
+        told = "Not judged on the same clips, so that validations do not compare: "
+        body.append(page.paragraph(f"{told}{', '.join(unlike)} differ."))
     body += _validation_section(runs, judged)
     if strips:
         body += [page.heading("Held-out clips")]
@@ -301,6 +313,13 @@ def write_report(runs: Sequence[Run], output: Path) -> list[Path]:
     body += _settings(runs)
     page.write_page(files[0], title, body)
     return files
+
+
+def _unlike(runs: Sequence[Run]) -> list[str]:
+    """Settings that choose or cut held-out clips, where they are not the same."""
+    defaults = _flat(asdict(Config()))
+    tables = [{**defaults, **_flat(run.settings)} for run in runs]
+    return [key for key in HELD_OUT if any(t[key] != tables[0][key] for t in tables)]
 
 
 def _progress(run: Run) -> str:

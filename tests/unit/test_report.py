@@ -142,12 +142,23 @@ def test_runs_share_their_charts(tmp_path: Path) -> None:
     html = files[0].read_text(encoding="utf-8")
     assert "<title>one and two</title>" in html
     assert "two: 25 of 40 steps done" in html
+    assert "Not judged on the same clips" not in html
     settings = html[html.index("Settings that differ") :]
     assert "<td>optim.lr</td><td>0.001</td><td>0.002</td>" in settings
     assert "training.steps" not in settings
     assert len(media(html, "image/jpeg")) == len(media(html, "video/mp4")) == 2
     charts = training_charts([read_run(folder) for folder in folders])
     assert [line.name for line in charts[0].series] == ["one", "two"]
+
+
+def test_runs_that_were_judged_on_other_clips(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two")]
+    config = Config()
+    config.data.height, config.validation.clips = 96, 2
+    (folders[1] / "config.toml").write_text(dumps(config))
+    files = write_report([read_run(folder) for folder in folders], tmp_path / "both")
+    html = files[0].read_text(encoding="utf-8")
+    assert "do not compare: data.height, validation.clips differ." in html
 
 
 def test_a_run_killed_while_it_wrote(tmp_path: Path) -> None:
