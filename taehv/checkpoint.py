@@ -153,9 +153,8 @@ def load(folder: Folder, state: State, optional: Collection[str] = ()) -> set[st
     dist.all_gather_object(told, left)
     filled = {group: t for group, t in state.items() if group not in set().union(*told)}
     for name, size, stored in _misfits(metadata, filled):
-        if not any(
-            key.startswith("optimizer.") for key in metadata.state_dict_metadata
-        ):
+        groups = {key.partition(".")[0] for key in metadata.state_dict_metadata}
+        if groups == {"model"}:
             raise UserError(
                 f"{folder} holds weights alone: begin from them with "
                 f"--model.checkpoint {folder}, and without checkpoint.resume_from"

@@ -125,7 +125,7 @@ def test_what_is_printed_is_what_is_written(
     output, content = measured
     written = [row for rows in content["tables"].values() for row in rows]
     printed = printed_rows(output)
-    assert len(printed) == len(written) == 14
+    assert len(printed) == len(written) == 15
     for cells, row in zip(printed, written, strict=True):
         for column in cells.keys() & {"size", "way", "what"}:
             assert cells[column] == row[column]
