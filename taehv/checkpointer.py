@@ -19,6 +19,7 @@ import tomli
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from taehv.checkpoint import (
@@ -86,7 +87,9 @@ class _Pending:
     times_late: int = 0
     """How often it was counted as failed."""
     polls: int = 0
+    """Calls of `poll` since it began."""
     ended: float = 0.0
+    """When its thread was done with it."""
 
 
 class _Staging:
@@ -106,18 +109,15 @@ class _Staging:
             }
             for group, tensors in state.items()
         }
-        places = [(group, name) for group, of in state.items() for name in of]
-        copies = locals_of(self.state[group][name] for group, name in places)
-        self._copies = dict(zip(places, copies, strict=True))
+        self._copies = _locals(self.state)
         self._copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def fill(self, state: State) -> None:
         """Begin to copy; on the CPU it is done afterwards."""
-        places = [(group, name) for group, of in state.items() for name in of]
-        values = locals_of(state[group][name] for group, name in places)
-        copies = [self._copies[place] for place in places]
-        torch._foreach_copy_(copies, values, non_blocking=True)
+        values = _locals(state)
+        copies = [self._copies[place] for place in values]
+        torch._foreach_copy_(copies, list(values.values()), non_blocking=True)
         if self.device is not None:
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -142,6 +142,13 @@ class _Staging:
         for name, bound in zip(values, largest, strict=True):
             if not math.isfinite(bound):
                 raise SaveFailed(f"{name} is not finite")
+
+
+def _locals(state: State) -> dict[tuple[str, str], Tensor]:
+    """This process's part of every tensor, by its group and name."""
+    places = [(group, name) for group, of in state.items() for name in of]
+    tensors = locals_of(state[group][name] for group, name in places)
+    return dict(zip(places, tensors, strict=True))
 
 
 class Checkpointer:

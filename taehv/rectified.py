@@ -78,16 +78,9 @@ def _conv_relu(
 
 
 @_conv_relu.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    skip: Tensor,
-    share: float,
-    padding: list[int],
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     """Shape and layout of the output."""
-    return F.conv2d(x, weight, padding=padding)
+    return F.conv2d(x, weight, padding=others[-1])
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -34,6 +34,13 @@ POINTS = 300
 PLACES = "psnr_position_"
 CONSTANT = ("mean_color_psnr", "teacher_psnr")
 """Measures of the clips alone, which training does not change: no curve."""
+HELD_OUT = (
+    *("data.root", "data.sources", "data.annotations"),
+    *("data.holdout", "data.holdout_fraction"),
+    *("data.frames", "data.height", "data.width", "data.stride", "data.crop_scale"),
+    "validation.clips",
+)
+"""What held-out clips depend on."""
 SPEEDS = {
     "clips_per_second": "clips a second",
     "data_wait": "share of the time that waits for data",
@@ -57,15 +64,6 @@ class Run:
     settings: dict[str, dict[str, Any]]
     speeds: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     """By name the steps and the values at them."""
-
-
-HELD_OUT = (
-    *("data.root", "data.sources", "data.annotations"),
-    *("data.holdout", "data.holdout_fraction"),
-    *("data.frames", "data.height", "data.width", "data.stride", "data.crop_scale"),
-    "validation.clips",
-)
-"""What held-out clips depend on."""
 
 
 @dataclass(frozen=True)
@@ -317,8 +315,7 @@ def write_report(runs: Sequence[Run], output: Path) -> list[Path]:
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
     """Settings that choose or cut held-out clips, where they are not the same."""
-    defaults = _flat(asdict(Config()))
-    tables = [{**defaults, **_flat(run.settings)} for run in runs]
+    tables = _tables(runs)
     return [key for key in HELD_OUT if any(t[key] != tables[0][key] for t in tables)]
 
 
@@ -444,9 +441,8 @@ def _videos(runs: Sequence[Run]) -> list[str]:
 
 def _settings(runs: Sequence[Run]) -> list[str]:
     """Those that differ from the defaults or, of several runs, among them."""
-    defaults = _flat(asdict(Config()))
-    tables = [{**defaults, **_flat(run.settings)} for run in runs]
-    others = tables[1:] or [defaults]
+    tables = _tables(runs)
+    others = tables[1:] or [_flat(asdict(Config()))]
     keys = [k for k in tables[0] if any(t.get(k) != tables[0][k] for t in others)]
     heading = "Settings that differ" if len(runs) > 1 else "Settings"
     if not keys:
@@ -457,6 +453,12 @@ def _settings(runs: Sequence[Run]) -> list[str]:
         page.heading(heading),
         page.table(["", *(run.name for run in runs)], rows, caption),
     ]
+
+
+def _tables(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """All settings of each run."""
+    defaults = _flat(asdict(Config()))
+    return [{**defaults, **_flat(run.settings)} for run in runs]
 
 
 def _flat(sections: dict[str, Any]) -> dict[str, Any]:

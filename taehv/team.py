@@ -1,7 +1,8 @@
 """Threads of this process that share work on the CPU, each taking some of the tensors.
 
-PyTorch's own threads share every single operation: for each of hundreds of tensors they
-are woken and waited for, which takes longer than the work.
+PyTorch's own threads share every single operation, and are woken and waited for at
+each of hundreds of tensors: 16 of them took 2.6 ms for AdamW of a model's 128 tensors,
+and 1.0 ms of one as large as all.
 """
 
 from __future__ import annotations

@@ -125,7 +125,6 @@ class Check(Runs):
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        self.running.remove(process)
         before = self.losses(form.name)
         one = Form(form.name, 1, form.settings)
         output = self.finish(one, self.start(one, *config))

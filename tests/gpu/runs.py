@@ -67,7 +67,7 @@ class Runs:
         more: dict[str, object],
     ) -> None:
         self.output, self.cpu = output, cpu
-        self.running: list[subprocess.Popen[str]] = []
+        self.begun: list[subprocess.Popen[str]] = []
         self.base = {
             "data.root": clips,
             "data.holdout": "bikes*,carphone*",
@@ -134,7 +134,7 @@ class Runs:
             env=environment,
             start_new_session=True,
         )
-        self.running.append(process)
+        self.begun.append(process)
         return process
 
     def finish(self, form: Form, process: subprocess.Popen[str]) -> str:
@@ -144,7 +144,6 @@ class Runs:
             Failed: with what it printed last.
         """
         output, _ = process.communicate()
-        self.running.remove(process)
         if process.returncode:
             raise Failed(f"{form.name} failed:\n{output[-3000:]}")
         return output
@@ -156,11 +155,10 @@ class Runs:
         try:
             yield
         finally:
-            for process in self.running:
-                if process.stdout is None or process.stdout.closed:
-                    continue  # it has ended, and was told of
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            for process in self.begun:
+                if process.poll() is not None:
+                    continue
+                os.killpg(process.pid, signal.SIGKILL)
                 print(f"killed:\n{process.communicate()[0][-3000:]}", flush=True)
 
     def losses(self, name: str) -> list[float]:

@@ -301,12 +301,13 @@ def main() -> None:
         scaling = Scaling(
             options.clips, Path(output), options.steps, report, most, options.cpu
         )
-        for part in PARTS:
-            if options.only in (None, part):
-                try:
-                    getattr(scaling, part)()
-                except Failed as failure:
-                    scaling.failures.append(f"{part}: {failure}")
+        with scaling.ended():
+            for part in PARTS:
+                if options.only in (None, part):
+                    try:
+                        getattr(scaling, part)()
+                    except Failed as failure:
+                        scaling.failures.append(f"{part}: {failure}")
     if scaling.failures:
         sys.exit("\n".join(scaling.failures))
 
