@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +46,9 @@ def bench_memory(bench: Bench) -> None:
     if bench.device.type != "cuda":
         raise UserError("--memory fills a GPU, and PyTorch sees none here")
     options = bench.options
-    total = torch.cuda.mem_get_info()[1] / 2**30
+    whole = torch.cuda.mem_get_info()[1] / 2**30
+    total = min(options.memory_gib or math.inf, whole)
+    torch.cuda.set_per_process_memory_fraction(total / whole)
     bench.report.table(f"largest batch in {total:.1f} GiB", COLUMNS)
     for size, way in itertools.product(options.memory_sizes, options.memory_ways):
         found = largest_batch(lambda n: attempt(bench, size, way, n), total)  # noqa: B023

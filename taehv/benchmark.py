@@ -95,6 +95,7 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
         "fused",
         "ways to run a step",
     ),
+    "memory-gib": (float, "0", "0", "how much of it may be used; 0: all there is"),
     "warmup": (int, "10", "1", "calls that do not count"),
     "calls": (int, "30", "3", "calls that count"),
     "seconds": (float, "10", "2", "about the most for those that count"),
