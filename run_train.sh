@@ -53,7 +53,10 @@ if [ "${MAX_RESTARTS:-0}" -gt 0 ] && [ "$NNODES" -gt 1 ]; then
     # (pytorch/pytorch issue 135712); on one machine, train.py sees to that.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
-# torchrun hands on these, of which SLURM sends the last before a job's time is over.
-export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+# torchrun hands on these, of which SLURM sends the last before a job's time is over. A
+# lost terminal's SIGHUP ends torchrun, upon which train.py stops; under nohup neither.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGUSR1}
+# Seconds that processes then have for their step and their save.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" \
     --max-restarts "${MAX_RESTARTS:-0}" "${launch[@]}" train.py "${settings[@]}"

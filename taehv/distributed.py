@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -33,6 +34,8 @@ from taehv.sections import Compile, Parallelism, Seraena
 COMPILED = Path("~/.cache/taehv/inductor")
 SHAPES = 64
 """How many shapes of input, of all compiled modules together, a run may have."""
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: which signal the end of its parent sends to a process."""
 
 
 @dataclass(frozen=True)
@@ -372,15 +375,26 @@ def from_main(value: int) -> int:
     return int(shared)
 
 
-class StopSignal:
-    """Ctrl-C, SIGTERM or SIGUSR1 on any process, agreed upon by all of them.
+def _is_launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
-    Ctrl-C after any of them ends this process at once. Python calls a signal's handler
-    when it next runs the main thread, which may be waiting in a collective, so a thread
-    listens as well.
+
+def _hear_of_launcher() -> None:
+    """Have the kernel send SIGTERM when torchrun ends: once killed, it cannot."""
+    if _is_launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class StopSignal:
+    """Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP on any process, agreed upon by all of them.
+
+    The end of torchrun is a SIGTERM, too. Ctrl-C after any of them ends this process at
+    once. Python calls a signal's handler when it next runs the main thread, which may
+    be waiting in a collective, so a thread listens as well.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received = 0
@@ -388,11 +402,16 @@ class StopSignal:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
+        _hear_of_launcher()
         self._ear, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
         threading.Thread(target=self._listen, args=[self._ear], daemon=True).start()
         signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
         for number in self.NUMBERS:
+            # nohup's wish; torchrun does not keep it, and ends what it has started.
+            is_ignored = signal.getsignal(number) == signal.SIG_IGN
+            if number == signal.SIGHUP and is_ignored and not _is_launched():
+                continue
             self._before[number] = signal.signal(number, self._receive)
         return self
 

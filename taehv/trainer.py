@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from shlex import quote
 
 import torch
 import torch.distributed as dist
@@ -852,8 +853,8 @@ class Trainer:
             f"  checkpoint       {self.checkpointer.path(step)}",
             f"  skipped          {self.counts.skipped} steps, {self.counts.bad_clips} "
             "clips of bad videos replaced",
-            f"  curves           tensorboard --logdir {folder}/tensorboard, or "
-            f"python -m taehv.report {folder}",
+            f"  curves           tensorboard --logdir {quote(f'{folder}/tensorboard')}",
+            f"  report           python -m taehv.report {quote(str(folder))}",
             "  next             train longer: raise --training.steps; on your own "
             "videos: CONFIG_FILE=train_configs/autoencoder.toml ./run_train.sh "
             "--data.root FOLDER --job.name NAME",

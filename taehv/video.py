@@ -591,7 +591,8 @@ class _Copier:
         self.height = height
         self.rate = rate
         self.options = {"g": str(keyframe_interval), "bf": "0", "crf": str(crf)}
-        self.options |= {"preset": "fast", "threads": "1"}
+        # Without CABAC, decoding takes two thirds of the time, and files a tenth more.
+        self.options |= {"preset": "fast", "threads": "1", "x264-params": "cabac=0"}
         self._stream: VideoStream | None = None
         self._graphs: dict[tuple, av.filter.Graph] = {}
 

@@ -221,6 +221,22 @@ def test_a_second_interrupt_ends_at_once(videos: Path, tmp_path: Path) -> None:
     assert not process.tree()[1:]
 
 
+def test_a_killed_torchrun_does_not_leave_its_processes_training(
+    videos: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, videos, training__steps=10**6)
+    process = run.start(2)
+    process.wait_for(lambda: len(run.metrics()) > 2)
+    ranks = [process.rank(rank) for rank in range(2)]
+    os.kill(process.pid, signal.SIGKILL)
+    process.end(code=-signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline, process.output()
+        time.sleep(0.1)
+    assert (run.folder / f"checkpoints/step-{len(run.metrics())}/.metadata").exists()
+
+
 def test_a_stop_of_one_reaches_all_in_precompute(videos: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, videos)
     settings = {
