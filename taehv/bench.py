@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from taehv import measure
@@ -36,13 +36,15 @@ from taehv.loader import ClipLoader
 from taehv.losses import Targets, judged
 from taehv.measure import Cost, Limits, Report
 from taehv.model import TAEHV
-from taehv.optim import Ema, learning_rate, local, new_optimizer
+from taehv.offload import Masters
+from taehv.optim import Ema, Optimizer, learning_rate, new_optimizer
 from taehv.pretrained import initial_model
 from taehv.reference import LEARNING_RATE, PublishedStep, published
 from taehv.reference_seraena import PublishedSeraena
 from taehv.sampler import Steps, toss
 from taehv.sections import Config
 from taehv.seraena import Seraena, new_discriminator, new_view
+from taehv.shards import local
 from taehv.step import StepResult, TrainingStep
 from taehv.variants import VARIANTS
 from taehv.video import write_mp4
@@ -201,15 +203,11 @@ class Student:
         for root, name in zip(roots, ("encoder", "decoder"), strict=True):
             root.requires_grad_(config.model.trained in ("both", name))
         compile_in_place(roots, config.compile, world.device)
-        shard(roots, mesh, dtype, config.parallelism.cpu_offload)
-        parameters = dict(self.model.named_parameters())
+        shard(roots, mesh, dtype)
         is_sharded = mesh["shard"].size() > 1
         shard_group = mesh["shard"].get_group() if is_sharded else None
-        optimizer = new_optimizer(*roots, config.optim, shard_group)
-        ema = Ema(parameters, config.optim.ema_decay)
-        graph = uses_cuda_graph(
-            config.compile, config.parallelism, config.seraena, world.device
-        )
+        optimizer, ema = self._optimizer(roots, shard_group)
+        graph = uses_cuda_graph(config.compile, config.seraena, world.device)
         self.seraena = None
         if config.seraena.enable:
             self.seraena = self._seraena(world, mesh, dtype, shard_group)
@@ -228,12 +226,20 @@ class Student:
         self.config, self.steps = config, 0
         torch.manual_seed(config.training.seed)
         weights = initial_model(config.model).state_dict()
-        parameters = dict(self.model.named_parameters())
-        for name, parameter in parameters.items():
+        for name, parameter in self.model.named_parameters():
             local(parameter).copy_(weights[name])
-        roots = self.step.roots
-        ema = Ema(parameters, config.optim.ema_decay)
-        self.step.renew(new_optimizer(*roots, config.optim), ema, config.loss)
+        self.step.renew(*self._optimizer(self.step.roots), config.loss)
+
+    def _optimizer(
+        self, roots: list[nn.Module], shard_group: dist.ProcessGroup | None = None
+    ) -> tuple[Optimizer, Ema]:
+        """Of the weights as they are now."""
+        optim, parameters = self.config.optim, dict(self.model.named_parameters())
+        masters = None
+        if self.config.parallelism.cpu_offload:
+            masters = Masters(parameters.values())
+        optimizer = new_optimizer(*roots, optim, shard_group, masters)
+        return optimizer, Ema(parameters, optim.ema_decay, masters)
 
     def _seraena(
         self,
@@ -247,7 +253,7 @@ class Student:
         discriminator = new_discriminator(settings, variant, config.training.seed)
         discriminator.to(world.device, self.exact)
         compile_in_place([discriminator], config.compile, world.device)
-        shard([discriminator], mesh, dtype, config.parallelism.cpu_offload)
+        shard([discriminator], mesh, dtype)
         like = torch.empty(0, dtype=self.exact, device=world.device)
         shape = (data.frames, data.height, data.width)
         clips = config.training.global_batch_size // world.size

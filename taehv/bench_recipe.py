@@ -32,7 +32,6 @@ from taehv.distributed import (
     StopSignal,
     World,
     compute_dtype,
-    full,
     started,
     uses_compile,
 )
@@ -46,6 +45,7 @@ from taehv.model import TAEHV
 from taehv.perceptual import load_measures
 from taehv.pool import Pool
 from taehv.sections import Config, Parallelism
+from taehv.shards import full
 from taehv.study import Record, Results, Study, Task, settings_told, write_report
 from taehv.teacher import load_teacher
 from taehv.validate import ValidationResult, validate

@@ -36,8 +36,8 @@ from taehv.checkpoint import (
 )
 from taehv.distributed import check_agreement
 from taehv.errors import UserError
-from taehv.optim import local, locals_of
 from taehv.sections import Checkpoint
+from taehv.shards import local, locals_of
 from taehv.storage import Damaged, Folder, verify
 
 log = logging.getLogger("taehv")

@@ -20,13 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from taehv.errors import INTERRUPT_CODE, STOPPED, UserError
 from taehv.sections import Compile, Parallelism, Seraena
@@ -193,12 +187,7 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def shard(
-    roots: list[nn.Module],
-    mesh: DeviceMesh,
-    dtype: torch.dtype,
-    cpu_offload: bool,
-) -> None:
+def shard(roots: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Apply FSDP2 to each module as a root of its own.
 
     Separate roots may be called in any order, and the parent keeps no parameters. On a
@@ -210,30 +199,10 @@ def shard(
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32
         )
-    offload = OffloadPolicy()
-    if cpu_offload:
-        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-        take_cores()
     # Nothing writes in place to what encoder and decoder return.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for root in roots:
-        fully_shard(
-            root,
-            mesh=mesh,
-            reshard_after_forward=False,
-            mp_policy=policy,
-            offload_policy=offload,
-        )
-
-
-def take_cores() -> None:
-    """Give this process its share of the machine's cores where torchrun gave it one.
-
-    It does so for want of OMP_NUM_THREADS; the optimizer on the CPU would be slow.
-    """
-    if os.environ.get("TORCHELASTIC_RUN_ID") and torch.get_num_threads() == 1:
-        processes = int(os.environ["LOCAL_WORLD_SIZE"])
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        fully_shard(root, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 
 def uses_compile(settings: Compile, device: torch.device) -> bool:
@@ -293,9 +262,7 @@ def keep_compiled_code(folder: Path = COMPILED) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.expanduser()))
 
 
-def uses_cuda_graph(
-    settings: Compile, parallelism: Parallelism, seraena: Seraena, device: torch.device
-) -> bool:
+def uses_cuda_graph(settings: Compile, seraena: Seraena, device: torch.device) -> bool:
     """Whether the training step is to be replayed as one CUDA graph.
 
     Raises:
@@ -306,13 +273,8 @@ def uses_cuda_graph(
     if settings.cuda_graph != "auto" or device.type != "cuda":
         return settings.cuda_graph is True
     # A graph cannot hold what the host has to take part in.
-    if parallelism.cpu_offload or (
-        seraena.enable and seraena.replay_device == "cpu" and seraena.replay_size
-    ):
-        return False
-    # Of several GPUs, what has been seen to work.
-    seen = parallelism.mode == "replicate" and not seraena.enable
-    return seen or dist.get_world_size() == 1
+    is_on_host = seraena.replay_device == "cpu" and seraena.replay_size > 0
+    return not (seraena.enable and is_on_host)
 
 
 def set_gradient_sync(roots: list[nn.Module], enabled: bool) -> None:
@@ -320,11 +282,6 @@ def set_gradient_sync(roots: list[nn.Module], enabled: bool) -> None:
     for root in roots:
         assert isinstance(root, FSDPModule)
         root.set_requires_gradient_sync(enabled)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole tensor on every process (a collective if it is sharded)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

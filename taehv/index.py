@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from taehv.errors import UserError
 from taehv.files import FileList, Files, Source, sources_of, split_all
-from taehv.pools import CRASHES, alone, shared
+from taehv.pools import CRASHES, alone, cores, shared
 from taehv.sections import Config, Data
 from taehv.urls import is_url, stamp
 from taehv.video import VideoError, is_image, probe
@@ -273,7 +273,7 @@ def _probe_all(index: Index, place: Path, workers: int) -> None:
     count = len(index.files)
     starts = range(0, count, CHUNK)
     probe_chunk = functools.partial(_probe_chunk, str(place), index.files.base)
-    processes = min(_cores() if workers < 0 else workers, count // SERIAL)
+    processes = min(cores() if workers < 0 else workers, count // SERIAL)
     answers: Iterable[tuple[int, list[tuple[np.void, str]] | None]]
     answers = ((start, probe_chunk(start)) for start in starts)
     if processes:
@@ -300,10 +300,6 @@ def _probe_alone(index: Index, place: Path, start: int) -> list[tuple[np.void, s
             rows = [(row, CRASHES)]
         found += rows
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
 
 
 def _note(index: Index, place: Path, i: int, row: np.void, reason: str) -> None:

@@ -44,6 +44,7 @@ from taehv.media import (
     images_in,
 )
 from taehv.model import TAEHV
+from taehv.pools import cores
 from taehv.pretrained import (
     add_device_arguments,
     choose_device,
@@ -457,7 +458,7 @@ class Runner:
 
     def __init__(self, codec: Codec, options: Options) -> None:
         self.codec, self.options = codec, options
-        self._threads = max(1, min(8, (os.cpu_count() or 1) // 2))
+        self._threads = max(1, min(8, cores() // 2))
 
     def run(self, job: Job, progress: tqdm) -> None:
         """Do a job; its output is there when it is whole.

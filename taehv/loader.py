@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from taehv.clips import Batch, Clip, ClipSource, Failure, collate
 from taehv.errors import UserError
-from taehv.pools import end_with_parent
+from taehv.pools import cores, end_with_parent
 from taehv.sampler import Plan
 
 log = logging.getLogger("taehv")
@@ -130,9 +130,7 @@ def worker_count(workers: int) -> int:
     """Worker processes of this rank; -1 shares the cores among the local ranks."""
     if workers >= 0:
         return workers
-    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(MAX_WORKERS, cores // _local_world()))
+    return max(1, min(MAX_WORKERS, cores() // _local_world()))
 
 
 def worker_options(workers: int, prefetch: int, timeout: float) -> dict[str, Any]:

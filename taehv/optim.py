@@ -3,7 +3,8 @@
 Everything here is elementwise but the gradient's norm, so that it works on the local
 parts of sharded tensors: DTensor would add milliseconds a step; Muon gathers what it
 needs. Nothing waits for the device, and all that changes from step to step is read from
-its memory, so that a CUDA graph can hold it.
+its memory, so that a CUDA graph can hold it: all of it, or all but what is done on the
+CPU where that has the masters of the weights.
 """
 
 from __future__ import annotations
@@ -11,28 +12,34 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from taehv.muon import Matrix, Muon
+from taehv.offload import Masters, Mirror
 from taehv.sections import Optim
+from taehv.shards import local, locals_of
 from taehv.team import Team
 
 HISTORY = 64
 """Norms of gradients of which the median is taken."""
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same memory."""
-    return locals_of([tensor])[0]
+@dataclass
+class Judged:
+    """The gradients of a step, and what to do with them."""
 
-
-@torch.no_grad()
-def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's part of each tensor, in the same memory."""
-    return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
+    gradients: list[Tensor]
+    """This process's part of each."""
+    norm: Tensor
+    """Of all together, over all processes that share them."""
+    divisor: Tensor
+    """Finite; clips them."""
+    is_good: Tensor
+    """Whether they are to be applied."""
 
 
 class Optimizer:
@@ -48,6 +55,7 @@ class Optimizer:
             has a whole one.
         scales: of the learning rate, of the parameters that have another one.
         matrices: weights that Muon takes, with how many matrices each of them holds.
+        masters: to work on, on the CPU; without them it works where the parameters are.
     """
 
     def __init__(
@@ -57,15 +65,23 @@ class Optimizer:
         shard_group: dist.ProcessGroup | None = None,
         scales: Mapping[nn.Parameter, float] | None = None,
         matrices: Mapping[nn.Parameter, int] | None = None,
+        masters: Masters | None = None,
     ) -> None:
-        self.parameters = list(parameters)
+        self.parameters, self.masters = list(parameters), masters
         self.max_grad_norm = settings.max_grad_norm or math.inf
         self.shard_group = shard_group
-        self._locals = [local(parameter.detach()) for parameter in self.parameters]
-        device = self._locals[0].device
+        computing = locals_of(parameter.detach() for parameter in self.parameters)
         self.spike_factor = settings.spike_factor
-        self.norms = torch.zeros(HISTORY, device=device)
+        self.norms = torch.zeros(HISTORY, device=computing[0].device)
         """The last finite norms, newest last; 0 where there was none yet."""
+        self._judges = self._team = Team(computing)
+        self._locals = computing
+        if masters is not None:
+            self._locals = masters.of(self.parameters)
+            self._team = Team(self._locals)
+            # For the gradients and the numbers of what is judged.
+            self._mirror = Mirror([*computing, *computing[0].new_zeros(3)])
+        device = self._locals[0].device
         # The CUDA kernel reads fp32.
         exact = torch.float64 if device.type == "cpu" else torch.float32
         self.lr = torch.zeros((), dtype=exact, device=device)
@@ -73,7 +89,6 @@ class Optimizer:
         self._rates = {scale: torch.zeros_like(self.lr) for scale in self._scales}
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
         self._muon = self._new_muon(matrices, settings) if matrices else None
-        self._team = Team(self._locals)
         self._adamw = [self._new_adamw(part, settings) for part in self._team.parts]
 
     def _new_muon(self, matrices: Mapping[nn.Parameter, int], settings: Optim) -> Muon:
@@ -81,7 +96,7 @@ class Optimizer:
         parts = zip(self.parameters, self._locals, self._scales, strict=True)
         for parameter, part, scale in parts:
             if parameter in matrices:
-                momentum = torch.zeros_like(parameter)
+                momentum = torch.zeros_like(parameter, device=part.device)
                 self.state[parameter] = {"momentum": momentum}
                 found.append(
                     Matrix(
@@ -104,8 +119,8 @@ class Optimizer:
             if parameter not in self.state:
                 self.state[parameter] = {
                     "step": torch.zeros((), device=part.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
+                    "exp_avg": torch.zeros_like(parameter, device=part.device),
+                    "exp_avg_sq": torch.zeros_like(parameter, device=part.device),
                 }
                 groups[scale].append(part)
                 states[part] = {k: local(v) for k, v in self.state[parameter].items()}
@@ -120,12 +135,8 @@ class Optimizer:
         adamw.state.update(states)
         return adamw
 
-    @torch.no_grad()
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip the gradients by their joint norm and apply them, or skip them.
-
-        A loss or gradient that is not finite, on any process, changes nothing on all;
-        neither does a gradient whose norm is a spike.
+        """Judge the gradients and apply them, or skip them.
 
         Args:
             loss: mean over all processes.
@@ -134,27 +145,56 @@ class Optimizer:
             The norm before clipping, and whether the gradients were applied, as
             tensors.
         """
+        judged = self.judge(loss)
+        self.apply(judged if self.masters is None else self.arrived())
+        return judged.norm, judged.is_good
+
+    @torch.no_grad()
+    def judge(self, loss: Tensor) -> Judged:
+        """Find out how the gradients are to be clipped, and whether they are good.
+
+        A loss or gradient that is not finite, on any process, is bad on all; so is a
+        gradient whose norm is a spike. If there are masters, the gradients are on their
+        way to these afterwards.
+        """
         gradients = [local(parameter.grad) for parameter in self.parameters]
-        norm = total_norm(gradients, self._team, self.shard_group)
+        for parameter in self.parameters:
+            parameter.grad = None
+        norm = total_norm(gradients, self._judges, self.shard_group)
         is_good = norm.isfinite() & loss.to(norm.device).isfinite()
         if self.spike_factor:
             is_good = _on_all(is_good & ~self._is_spike(norm))
         divisor = (norm / self.max_grad_norm).clamp_min(1).nan_to_num(1, 1)
+        if self.masters is not None:
+            numbers = [x.to(gradients[0]) for x in (norm, divisor, is_good)]
+            self._mirror.download([*gradients, *numbers])
+        return Judged(gradients, norm, divisor, is_good)
+
+    def arrived(self) -> Judged:
+        """What was judged last, on the CPU, waiting for it; there are masters."""
+        self._mirror.wait()
+        *gradients, norm, divisor, is_good = self._mirror.parts
+        return Judged(gradients, norm, divisor, is_good > 0)
+
+    @torch.no_grad()
+    def apply(self, judged: Judged) -> None:
+        """Clip the gradients by their joint norm and apply them, or change nothing."""
         for scale, rate in self._rates.items():
             rate.copy_(self.lr * scale)
-        for part, gradient in zip(self._locals, gradients, strict=True):
+        for part, gradient in zip(self._locals, judged.gradients, strict=True):
             part.grad = gradient
         for adamw in self._adamw:
             # The fused kernel divides by the one, and does nothing where the other is
             # set.
-            adamw.grad_scale = divisor.float()
-            adamw.found_inf = (~is_good).float()
+            adamw.grad_scale = judged.divisor.float()
+            adamw.found_inf = (~judged.is_good).float()
         self._team.map(lambda number: self._adamw[number].step())
         if self._muon is not None:
-            self._muon.step(divisor, is_good)
-        for parameter, part in zip(self.parameters, self._locals, strict=True):
-            parameter.grad = part.grad = None
-        return norm, is_good
+            self._muon.step(judged.divisor, judged.is_good)
+        for part in self._locals:
+            part.grad = None
+        if self.masters is not None:
+            self.masters.upload()
 
     def _is_spike(self, norm: Tensor) -> Tensor:
         """Whether a norm is out of proportion to those before; takes it in.
@@ -184,6 +224,7 @@ def new_optimizer(
     decoder: nn.Module,
     settings: Optim,
     shard_group: dist.ProcessGroup | None = None,
+    masters: Masters | None = None,
 ) -> Optimizer:
     """The optimizer of what is trained of a model; see Optimizer.
 
@@ -201,7 +242,7 @@ def new_optimizer(
         if trained and settings.optimizer == "muon":
             convs = [block for block in part.modules() if isinstance(block, nn.Conv2d)]
             matrices |= {conv.weight: conv.groups for conv in convs[1:-1]}
-    return Optimizer(scales, settings, shard_group, scales, matrices)
+    return Optimizer(scales, settings, shard_group, scales, matrices, masters)
 
 
 def total_norm(
@@ -246,15 +287,32 @@ def learning_rate(step: int, steps: int, settings: Optim) -> float:
 
 
 class Ema:
-    """Exponential moving average of the weights, sharded as they are."""
+    """Exponential moving average of the weights, sharded as they are.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+    Args:
+        parameters: by name.
+        decay: of the average, in the end.
+        masters: of the parameters; the average is then on the CPU, as they are.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        decay: float,
+        masters: Masters | None = None,
+    ) -> None:
         self.decay = decay
+        sources = locals_of(parameter.detach() for parameter in parameters.values())
+        if masters is not None:
+            sources = masters.of(parameters.values())
         self.weights: dict[str, Tensor] = {
-            name: parameter.detach().clone() for name, parameter in parameters.items()
+            name: torch.zeros_like(parameter, device=source.device)
+            for (name, parameter), source in zip(
+                parameters.items(), sources, strict=True
+            )
         }
-        sources = [local(p.detach()) for p in parameters.values()]
-        averages = [local(weight) for weight in self.weights.values()]
+        averages = locals_of(self.weights.values())
+        torch._foreach_copy_(averages, sources)
         self._team = Team(sources)
         self._parts = [
             ([averages[i] for i in part], [sources[i] for i in part])

@@ -19,6 +19,12 @@ WAITING = 4
 """Calls a process that wait: a million of them would take a gigabyte."""
 
 
+def cores() -> int:
+    """How many this process may use, which a launcher may have bound to some."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def shared(
     call: Callable[[int], T], items: Iterable[int], processes: int, preload: str
 ) -> Iterator[tuple[int, T | None]]:

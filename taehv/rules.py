@@ -104,7 +104,6 @@ def check_config(config: Config) -> None:
     _check_clips(config)
     _check_sources(config.data)
     _check_buckets(config)
-    _check_graph(config)
     _check_patience(config.validation)
     _check_time_limits(config)
     if config.seraena.enable:
@@ -190,14 +189,6 @@ def _check_sources(data: Data) -> None:
         raise UserError(
             f"data.aspect = {aspect} must be two numbers, smallest and largest width / "
             "height"
-        )
-
-
-def _check_graph(config: Config) -> None:
-    if config.compile.cuda_graph is True and config.parallelism.cpu_offload:
-        raise UserError(
-            "compile.cuda_graph = true cannot hold the optimizer that "
-            "parallelism.cpu_offload keeps on the CPU: take one of them"
         )
 
 

@@ -354,7 +354,9 @@ class Parallelism:
     shard_size: int = 0
     """Processes that share one copy of the model; only for hsdp."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer in the CPU's memory."""
+    """Keep in the CPU's memory, and compute there, the optimizer with its moments, the
+    weights that it updates and the averaged ones. The GPU keeps the weights that it
+    computes with, and all that seraena's discriminator has."""
 
 
 @dataclass
@@ -368,9 +370,9 @@ class Compile:
     """Compute layers in a row as one of the same parameters, which is faster and the
     same to rounding; also where nothing is compiled."""
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Replay the whole training step as one CUDA graph, so that the GPU never waits for
-    Python, with what GPUs send one another; auto: with one GPU or in mode replicate,
-    without CPU offload, and with several GPUs without seraena."""
+    """Replay all that a GPU does in a training step as one CUDA graph, so that it never
+    waits for Python, with what GPUs send one another; auto: on GPUs, unless
+    seraena.replay_device is cpu."""
 
 
 @dataclass

@@ -26,10 +26,11 @@ from torch.distributed.fsdp import FSDPModule
 from taehv.checkpoint import optimizer_state
 from taehv.distributed import mean_over_ranks, sum_over_ranks
 from taehv.losses import Decoded
-from taehv.optim import Optimizer, local
+from taehv.optim import Optimizer
 from taehv.sampler import GUIDED, draw
 from taehv.sections import Optim
 from taehv.sections import Seraena as Settings
+from taehv.shards import local
 from taehv.variants import Variant
 from taehv.visualize import to_uint8
 

@@ -1,7 +1,8 @@
 """One optimizer step as the device sees it: forward, backward, clip, update, average.
 
 Nothing in it waits for the device or depends on its values on the host: what the step
-found out comes back as one tensor, to be read when it is there.
+found out comes back as one tensor, to be read when it is there. Only an optimizer on
+the CPU waits for gradients, after all that the device can do without it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from taehv.losses import (
     training_losses,
 )
 from taehv.model import TAEHV
-from taehv.optim import Ema, Optimizer
+from taehv.optim import Ema, Judged, Optimizer
 from taehv.sections import Loss
 from taehv.seraena import Part, Seraena
 
@@ -55,8 +56,9 @@ class TrainingStep:
         optimizer: of the trained parameters.
         ema: of all parameters.
         loss: section [loss].
-        graph: replay the whole step as one CUDA graph, one for each shape of the
-            batches and kind of step; the first few calls of each run as they are.
+        graph: replay all that the device does in a step as one CUDA graph, one for each
+            shape of the batches and kind of step; the first few calls of each run as
+            they are.
         seraena: adversarial guidance, which the batches then have draws for.
     """
 
@@ -106,7 +108,15 @@ class TrainingStep:
         """
         self.optimizer.lr.fill_(rate)
         self._share.fill_(self.ema.share(step))
-        kind = self._kind(step)
+        result = self._on_device(batches, self._kind(step))
+        if self.optimizer.masters is not None:
+            # Which also waits until the masters of the step before are uploaded, as
+            # their turn was before this step's, and until nothing writes gradients.
+            self._update(self.optimizer.arrived())
+        return result
+
+    def _on_device(self, batches: list[Targets], kind: Kind) -> StepResult:
+        """Run the step, or what of it is not the CPU's, as it is or by its graph."""
         if not self.graph:
             return self._run(batches, kind)
         key = kind, _shapes(batches)
@@ -140,15 +150,20 @@ class TrainingStep:
         means = sums / len(batches)
         if dist.get_world_size() > 1:
             means = mean_over_ranks(means)
-        norm, is_applied = self.optimizer.step(means[0])
-        self.ema.update(self._share * is_applied)
+        judged = self.optimizer.judge(means[0])
+        if self.optimizer.masters is None:
+            self._update(judged)
         health = {}
         if kind != "alone":
-            self.seraena.settle(is_applied)
+            self.seraena.settle(judged.is_good)
             health = {f"seraena/{k}": v for k, v in self.seraena.health.items()}
-        found = [*means, *health.values(), norm, is_applied, *losses]
+        found = [*means, *health.values(), judged.norm, judged.is_good, *losses]
         values = torch.stack([x.to(means) for x in found])
         return StepResult([*terms, *health], values)
+
+    def _update(self, judged: Judged) -> None:
+        self.optimizer.apply(judged)
+        self.ema.update(self._share * judged.is_good)
 
     def _guides(self, batches: list[Targets], kind: Kind) -> list[Guide | None]:
         """Of each micro-batch.

@@ -7,6 +7,7 @@ and 1.0 ms of one as large as all.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from taehv.pools import cores
+
 T = TypeVar("T")
 MOST_THREADS = 8
 """They wait for memory, which a few keep busy."""
+
+
+def take_cores() -> None:
+    """Give this process its share of the machine's cores where torchrun gave it one.
+
+    It does so for want of OMP_NUM_THREADS; the optimizer on the CPU would be slow.
+    """
+    if os.environ.get("TORCHELASTIC_RUN_ID") and torch.get_num_threads() == 1:
+        processes = int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(1, cores() // processes))
 
 
 class Team:

@@ -35,7 +35,6 @@ from taehv.distributed import (
     compile_in_place,
     compute_dtype,
     from_main,
-    full,
     shard,
     started,
     sum_over_ranks,
@@ -50,6 +49,7 @@ from taehv.logging import RunLog, log, set_up_console
 from taehv.losses import Targets, judged, psnr, training_losses
 from taehv.memory import MemoryMonitor, memory_peaks
 from taehv.model import TAEHV
+from taehv.offload import Masters
 from taehv.optim import Ema, learning_rate, new_optimizer
 from taehv.perceptual import load_measures
 from taehv.pretrained import initial_model
@@ -62,6 +62,7 @@ from taehv.seraena import (
     new_discriminator,
     new_view,
 )
+from taehv.shards import full
 from taehv.step import StepResult, TrainingStep
 from taehv.storage import Folder
 from taehv.teacher import check_teacher, load_teacher
@@ -231,12 +232,17 @@ class Trainer:
         for root, name in zip(self.roots, ("encoder", "decoder"), strict=True):
             root.requires_grad_(config.model.trained in ("both", name))
         self.compiled = compile_in_place(self.roots, config.compile, world.device)
-        shard(self.roots, world.mesh, self.dtype, config.parallelism.cpu_offload)
+        shard(self.roots, world.mesh, self.dtype)
         self.parameters = dict(self.model.named_parameters())
         is_sharded = world.mesh["shard"].size() > 1
         shard_group = world.mesh["shard"].get_group() if is_sharded else None
-        self.optimizer = new_optimizer(*self.roots, config.optim, shard_group)
-        self.ema = Ema(self.parameters, config.optim.ema_decay)
+        self.masters = None
+        if config.parallelism.cpu_offload:
+            self.masters = Masters(self.parameters.values())
+        self.optimizer = new_optimizer(
+            *self.roots, config.optim, shard_group, self.masters
+        )
+        self.ema = Ema(self.parameters, config.optim.ema_decay, self.masters)
         self.seraena = None
         if config.seraena.enable:
             self.seraena = self._build_seraena(shard_group)
@@ -246,9 +252,7 @@ class Trainer:
             self.optimizer,
             self.ema,
             config.loss,
-            uses_cuda_graph(
-                config.compile, config.parallelism, config.seraena, self.world.device
-            ),
+            uses_cuda_graph(config.compile, config.seraena, self.world.device),
             self.seraena,
         )
 
@@ -258,7 +262,7 @@ class Trainer:
             settings, self.model.variant, config.training.seed
         ).to(world.device, self.exact)
         compile_in_place([discriminator], config.compile, world.device)
-        shard([discriminator], world.mesh, self.dtype, config.parallelism.cpu_offload)
+        shard([discriminator], world.mesh, self.dtype)
         like = torch.empty(0, dtype=self.exact, device=world.device)
         shapes, variant = config.data.shapes, self.model.variant
         views = {
@@ -409,6 +413,8 @@ class Trainer:
         self._check_optimizer(origin)
         optional = (SERAENA_GROUPS | {"gradients", BEST_GROUP}) & state.keys()
         filled = load(origin, state, optional)
+        if self.masters is not None:
+            self.masters.refresh()
         loaded = {key: value.item() for key, value in state["counts"].items()}
         self._check_unchanged(origin, loaded, expected)
         self.counts = Counts(**{key: loaded[key] for key in asdict(self.counts)})

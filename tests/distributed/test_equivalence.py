@@ -40,7 +40,7 @@ def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         (1, {"training__local_batch_size": 1}),
         (2, {"training__local_batch_size": 1}),
         (2, {"parallelism__mode": "fsdp"}),
-        (2, {"parallelism__mode": "fsdp", "parallelism__cpu_offload": "true"}),
+        (2, OFFLOAD),
         (4, HSDP),
         (
             2,
@@ -103,7 +103,7 @@ def assert_same_course(run: Run, reference: Run, first: int, last: int = 20) -> 
 
 
 def test_one_to_two_to_one(reference: Run, tmp_path: Path) -> None:
-    two = gone_on(reference, 10, tmp_path / "two", 2, FSDP, last=14)
+    two = gone_on(reference, 10, tmp_path / "two", 2, OFFLOAD, last=14)
     assert_same_course(two, reference, 10, last=14)
     one = gone_on(two, 14, tmp_path / "one", 1, {}, last=18)
     assert_same_course(one, reference, 14, last=18)

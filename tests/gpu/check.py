@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from runs import EAGER, FLAGSHIP, FSDP, OFFLOAD, ROOT, Failed, Form, Runs, wait_for
 
-GRAPH, NO_GRAPH = ({"compile.cuda_graph": value} for value in ("true", "false"))
+NO_GRAPH = {"compile.cuda_graph": "false"}
 SAVES = 20
 SAVE_INTERVAL = 40
 """Steps, in which a save is done and the next need not wait for it."""
@@ -60,8 +60,7 @@ def forms(most: int, cpu: bool) -> list[Form]:
         Form(f"{most}, replicate, eager", most, EAGER),
     ]
     if not cpu:
-        many.insert(1, Form(f"{most}, replicate, no graph", most, NO_GRAPH))
-        many.insert(3, Form(f"{most}, fsdp, graph", most, {**FSDP, **GRAPH}))
+        many.insert(2, Form(f"{most}, fsdp, no graph", most, {**FSDP, **NO_GRAPH}))
     if most >= 4:
         hsdp = {"parallelism.mode": "hsdp", "parallelism.shard_size": most // 2}
         many.insert(2, Form(f"{most}, hsdp", most, hsdp))

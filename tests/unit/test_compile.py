@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taehv import distributed
+from taehv import team
 from taehv.distributed import (
     compile_in_place,
     keep_compiled_code,
-    take_cores,
     uses_cuda_graph,
 )
-from taehv.sections import Compile, Parallelism, Seraena
+from taehv.sections import Compile, Seraena
+from taehv.team import take_cores
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CPU = torch.device("cpu")
@@ -96,7 +96,7 @@ def test_offloading_takes_its_share_of_cores(
     """Where torchrun has started the process, and gave it a single one."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", launched)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    monkeypatch.setattr(team, "cores", lambda: 9)
     before = torch.get_num_threads()
     torch.set_num_threads(given)
     try:
@@ -107,31 +107,18 @@ def test_offloading_takes_its_share_of_cores(
 
 
 @pytest.mark.parametrize(
-    ("processes", "parallelism", "seraena", "expected"),
+    ("seraena", "expected"),
     [
-        (1, {}, {}, True),
-        (2, {}, {}, True),
-        (1, {"mode": "fsdp"}, {}, True),
-        (2, {"mode": "fsdp"}, {}, False),
-        (1, {"mode": "fsdp", "cpu_offload": True}, {}, False),
-        (1, {}, {"enable": True}, True),
-        (2, {}, {"enable": True}, False),
-        (1, {}, {"enable": True, "replay_device": "cpu"}, False),
+        ({}, True),
+        ({"enable": True}, True),
+        ({"enable": True, "replay_device": "cpu"}, False),
+        ({"enable": True, "replay_device": "cpu", "replay_size": 0}, True),
     ],
 )
-def test_graphs_by_default(
-    monkeypatch: pytest.MonkeyPatch,
-    processes: int,
-    parallelism: dict[str, Any],
-    seraena: dict[str, Any],
-    expected: bool,
-) -> None:
-    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: processes)
-    sections = Parallelism(**parallelism), Seraena(**seraena)
-    assert uses_cuda_graph(Compile(), *sections, torch.device("cuda")) is expected
-    assert not uses_cuda_graph(Compile(), *sections, torch.device("cpu"))
+def test_graphs_by_default(seraena: dict[str, Any], expected: bool) -> None:
+    section = Seraena(**seraena)
+    assert uses_cuda_graph(Compile(), section, torch.device("cuda")) is expected
+    assert not uses_cuda_graph(Compile(), section, torch.device("cpu"))
     for wanted in (True, False):
-        found = uses_cuda_graph(
-            Compile(cuda_graph=wanted), *sections, torch.device("cuda")
-        )
-        assert found is wanted
+        settings = Compile(cuda_graph=wanted)
+        assert uses_cuda_graph(settings, section, torch.device("cuda")) is wanted

@@ -518,7 +518,6 @@ RULES = [
     (4, "--data.crops_per_window=3", "must divide the 4 clips"),
     (1, "--data.crops_per_window=4 --training.local_batch_size=2", "the 2 clips"),
     (1, "--parallelism.shard_size=2", "is for mode hsdp; leave it at 0 for replicate"),
-    (1, "--parallelism.cpu_offload=true --compile.cuda_graph=true", "take one of them"),
     (1, "--seraena.enable --seraena.frames=6 --data.frames=5", "lower it or take more"),
     (
         1,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from taehv.muon import orthogonal
+from taehv.offload import Masters
 from taehv.optim import (
     Ema,
     Optimizer,
@@ -344,3 +345,47 @@ def test_the_usual_norm_goes_on_from_a_checkpoint() -> None:
         assert stepped(first, 1)
     second.norms.copy_(first.norms)
     assert not stepped(second, 11) and stepped(second, 9)
+
+
+# On the CPU, with masters
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_masters_go_the_way_of_weights(kind: str) -> None:
+    """To the bit, with a bad step, a part that is frozen, and averages."""
+    settings = Optim(optimizer=kind, weight_decay=0.1, max_grad_norm=1.0)
+    runs = []
+    for new_masters in (lambda parameters: None, Masters):
+        encoder, decoder = grouped_pair()
+        encoder.requires_grad_(False)
+        named = dict(nn.ModuleList([encoder, decoder]).named_parameters())
+        masters = new_masters(named.values())
+        optimizer = new_optimizer(encoder, decoder, settings, masters=masters)
+        ema = Ema(named, 0.5, masters)
+        optimizer.lr.fill_(0.1)
+        found = []
+        for seed in range(3):
+            set_gradients(decoder, seed)
+            if seed == 1:
+                decoder[2].weight.grad[0, 0, 0, 0] = math.nan
+            norm, is_good = optimizer.step(GOOD)
+            assert is_good == (seed != 1)
+            ema.update(torch.tensor(0.3, dtype=torch.float64) * is_good)
+            found += [weight.detach().clone() for weight in named.values()]
+            found += [average.clone() for average in ema.weights.values()]
+        runs.append([*found, *tensors_of(optimizer), norm])
+    assert all(map(torch.equal, *runs))
+    assert not torch.equal(found[-1], found[len(named) - 1])
+
+
+def test_masters_follow_weights_that_are_set() -> None:
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(0, 2))]
+    masters = Masters(weights)
+    with torch.no_grad():
+        weights[0].fill_(5)
+    masters.refresh()
+    assert masters.of(weights)[0].tolist() == [5, 5, 5]
+    masters.of(weights)[0].fill_(6)
+    assert weights[0].tolist() == [5, 5, 5]
+    masters.upload()
+    assert weights[0].tolist() == [6, 6, 6]

@@ -60,7 +60,7 @@ def test_the_published_recipe_learns_the_same() -> None:
         model = TAEHV("taehv").double()
         model.load_state_dict(plain.state_dict())
         roots = [model.encoder, model.decoder]
-        shard(roots, world.mesh, torch.float64, cpu_offload=False)
+        shard(roots, world.mesh, torch.float64)
         named = dict(model.named_parameters())
         optim = Optim(max_grad_norm=0, weight_decay=0.01)
         optimizer, ema = Optimizer(named.values(), optim), Ema(named, 0.9)

@@ -69,7 +69,7 @@ def seraena(
     dtype: torch.dtype = torch.float32,
     **settings: object,
 ) -> Seraena:
-    shard([discriminator], world.mesh, torch.float32, cpu_offload=False)
+    shard([discriminator], world.mesh, torch.float32)
     given = Settings(enable=True, ramp_steps=0, weight=1.0, **settings)
     like = LIKE.to(dtype)
     groups = FrameGroups(VARIANTS["taehv"], frames, given.frames, like)
@@ -559,7 +559,7 @@ def training_step(world: World, guide: Seraena | None) -> TrainingStep:
     torch.manual_seed(0)
     model = TAEHV("taehv")
     roots = [model.encoder, model.decoder]
-    shard(roots, world.mesh, torch.float32, cpu_offload=False)
+    shard(roots, world.mesh, torch.float32)
     optimizer = Optimizer(model.parameters(), Optim())
     ema = Ema(dict(model.named_parameters()), 0.9)
     return TrainingStep(model, roots, optimizer, ema, Loss(), False, guide)

@@ -10,8 +10,10 @@ import torch
 from taehv import TAEHV
 from taehv.distributed import shard, started
 from taehv.losses import Targets
+from taehv.offload import Masters
 from taehv.optim import Ema, Optimizer
 from taehv.sections import Loss, Optim, Parallelism
+from taehv.shards import local
 from taehv.step import TrainingStep
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -46,15 +48,18 @@ def test_graphs_are_let_go_of() -> None:
 
 
 @ON_GPU
-def test_a_graph_is_captured_anew_after_release() -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_graph_is_captured_anew_after_release(offload: bool) -> None:
     torch.manual_seed(0)
     with started(Parallelism(), "cuda") as world:
         model = TAEHV("taehv").to(world.device)
         roots = [model.encoder, model.decoder]
-        shard(roots, world.mesh, torch.bfloat16, cpu_offload=False)
+        shard(roots, world.mesh, torch.bfloat16)
         named = dict(model.named_parameters())
-        optimizer = Optimizer(named.values(), Optim())
-        step = TrainingStep(model, roots, optimizer, Ema(named, 0.9), Loss(), True)
+        masters = Masters(named.values()) if offload else None
+        optimizer = Optimizer(named.values(), Optim(), masters=masters)
+        ema = Ema(named, 0.9, masters)
+        step = TrainingStep(model, roots, optimizer, ema, Loss(), True)
         frames_NTCHW = torch.rand(2, 4, 3, 32, 32, device=world.device)
         losses = []
         for number in range(12):
@@ -63,4 +68,7 @@ def test_a_graph_is_captured_anew_after_release() -> None:
             result = step([Targets(frames_NTCHW)], number, 1e-3)
             losses.append(result.values[0].item())
         assert losses[-1] < losses[0] and len(step._captured) == 1
+        if masters is not None:
+            pairs = zip(named.values(), masters.of(named.values()), strict=True)
+            assert all(torch.equal(local(p).cpu(), master) for p, master in pairs)
         step.release()
