@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import tomli
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -26,11 +27,20 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import ReadItem
 
 from taehv.errors import UserError
+from taehv.metadata import UNREADABLE, nbytes, parse
 from taehv.optim import Ema, Optimizer
-from taehv.storage import MANIFEST, Folder, HashedFiles, verify, write_manifest
-from taehv.weights import check_tensors
+from taehv.storage import (
+    MANIFEST,
+    Folder,
+    HashedFiles,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from taehv.weights import check_tensors, is_float
 from taehv.writing import whole
 
 State = dict[str, dict[str, Tensor]]
@@ -38,51 +48,6 @@ State = dict[str, dict[str, Tensor]]
 ABOUT = "about.json"
 CONFIG = "config.toml"
 METADATA = ".metadata"
-
-UNREADABLE = (
-    OSError,
-    EOFError,
-    pickle.UnpicklingError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    TypeError,
-    ValueError,
-)
-"""What pickle raises where bytes are damaged; it has no one class for that."""
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's pickled metadata, and refuses to make anything else."""
-
-    # Exact names only: pickle resolves dots in a name, so that a whole module would
-    # let in whatever that module imports.
-    DCP = {
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size"},
-        "pathlib": {"Path", "PosixPath"},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "pathlib._local":  # where Python 3.13 keeps them
-            module = "pathlib"
-        is_dtype = module == "torch" and isinstance(
-            getattr(torch, name, None), torch.dtype
-        )
-        if not is_dtype and name not in self.DCP.get(module, ()):
-            raise UserError(f"{f'{module}.{name}'!r} does not belong there")
-        return super().find_class(module, name)
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -92,25 +57,46 @@ class SafeReader(dcp.FileSystemReader):
         super().__init__(folder.path)
         self.folder = folder
         self.fs, self.path = HashedFiles(folder), folder.path
+        self._metadata: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read the list of tensors and shards.
+        """Read the list of tensors and shards, once: DCP gets what was checked.
 
         Raises:
             UserError: the file is damaged, or is not a checkpoint's metadata.
         """
-        name = f"{self.folder}/{METADATA}"
-        try:
-            metadata = _MetadataUnpickler(io.BytesIO(self.folder.read(METADATA))).load()
-        except UNREADABLE as error:
-            raise UserError(
-                f"{name} is not a checkpoint's metadata ({reason(error)}): "
-                "delete its folder to take the checkpoint before it"
-            ) from None
-        if not isinstance(metadata, Metadata):
-            raise UserError(f"{name} is not a checkpoint's metadata")
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
+        if self._metadata is None:
+            try:
+                self._metadata = parse(self.folder.read(METADATA), self._files())
+            except UNREADABLE as error:
+                raise UserError(
+                    f"{self.folder}/{METADATA} is not a checkpoint's metadata "
+                    f"({reason(error)}): delete its folder to take the checkpoint "
+                    "before it"
+                ) from None
+            self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._metadata
+
+    def _files(self) -> Collection[str] | None:
+        """Those that are verified; a checkpoint of another program has no manifest."""
+        if not self.folder.has(MANIFEST):
+            return None
+        files = read_manifest(self.folder)
+        if METADATA not in files:
+            raise UserError(f"{MANIFEST} does not have it")
+        return files
+
+    def stored(self) -> int:
+        """Bytes of all shards."""
+        places = self.read_metadata().storage_data.values()
+        return sum(self.folder.size(name) for name in {p.relative_path for p in places})
+
+
+class _TensorsOnly(dcp.DefaultLoadPlanner):
+    """Loads no bytes, which DCP would unpickle, and so run."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise UserError(f"{read_item.dest_index.fqn} is no tensor")
 
 
 def step_folder(checkpoints: Folder, step: int) -> Folder:
@@ -169,7 +155,7 @@ def load(folder: Folder, state: State, optional: Collection[str] = ()) -> set[st
 
 
 def load_weights(
-    folder: Path, group: Literal["ema", "model"] | None = None
+    folder: str | os.PathLike[str], group: Literal["ema", "model"] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read nothing but the weights out of a checkpoint; needs no process group.
 
@@ -193,16 +179,37 @@ def load_weights(
     if group is None:
         group = "ema" if any(key.startswith("ema.") for key in stored) else "model"
     prefix = group + "."
-    weights = {
-        key.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype)
+    entries = {
+        key.removeprefix(prefix): entry
         for key, entry in stored.items()
         if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    if not weights:
+    if not entries:
         raise UserError(f"{source} holds no {group} weights")
+    _check_formats(reader, entries)
+    weights = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+    }
     _read({group: weights}, reader, no_dist=True)
-    check_tensors(Path(str(source)), weights)
+    check_tensors(str(source), weights)
     return weights, read_about(source)
+
+
+def _check_formats(
+    reader: SafeReader, entries: Mapping[str, TensorStorageMetadata]
+) -> None:
+    """Refuse what no weights are, and what is larger than the files: any memory."""
+    try:
+        is_whole = sum(map(nbytes, entries.values())) <= reader.stored()
+        told = "its files are smaller than its tensors"
+    except OSError as error:
+        is_whole, told = False, str(error)
+    for key, entry in entries.items():
+        if not is_float(entry.properties.dtype):
+            is_whole, told = False, f"{key} is of {entry.properties.dtype}"
+    if not is_whole:
+        raise _damaged(reader.folder, told)
 
 
 def checkpoint_in(folder: Folder) -> Folder:
@@ -264,7 +271,7 @@ def read_about(folder: Folder) -> dict[str, str]:
         about = json.loads(folder.read(ABOUT))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}/{ABOUT} is damaged ({error})") from None
     if not isinstance(about, dict):
         raise UserError(f"{folder}/{ABOUT} is damaged: it holds no table")
@@ -274,21 +281,33 @@ def read_about(folder: Folder) -> dict[str, str]:
 def read_config(folder: Folder) -> str:
     """The settings, in TOML, that a checkpoint was made with; empty if it has none."""
     try:
-        return folder.read(CONFIG).decode()
+        text = folder.read(CONFIG).decode()
+        sections = tomli.loads(text).values()
     except FileNotFoundError:
         return ""
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder}/{CONFIG} is damaged ({error})") from None
+    if not all(isinstance(section, dict) for section in sections):
+        raise UserError(f"{folder}/{CONFIG} is damaged: it has more than sections")
+    return text
 
 
 def _read(state: State, reader: SafeReader, no_dist: bool) -> None:
     try:
         with _quiet():
-            dcp.load(state, storage_reader=reader, no_dist=no_dist)
+            dcp.load(
+                state, storage_reader=reader, planner=_TensorsOnly(), no_dist=no_dist
+            )
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        raise UserError(
-            f"{reader.folder} is damaged ({reason(cause)}): delete that folder, and "
-            "take the checkpoint before it"
-        ) from None
+        raise _damaged(reader.folder, reason(cause)) from None
+
+
+def _damaged(folder: Folder, told: str) -> UserError:
+    return UserError(
+        f"{folder} is damaged ({told}): delete that folder, and take the checkpoint "
+        "before it"
+    )
 
 
 def reason(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -217,7 +218,13 @@ class Checkpointer:
         check_agreement({"newest checkpoint": max(self.steps(), default=-1)})
         if isinstance(named, int):
             return self._find_from(named)
-        found = self._find_good(self.steps())
+        steps = self.steps()
+        found = self._find_good(steps)
+        if found is None and steps:
+            raise UserError(
+                f"all checkpoints in {self.folder} are damaged: see above; to begin "
+                "anew choose another --job.name"
+            )
         if found is None and named:
             found = checkpoint_in(Folder(named))
             if (damage := damage_of(found)) is not None:
@@ -227,24 +234,25 @@ class Checkpointer:
     def _find_from(self, first: int) -> Folder:
         """The newest of the course that began at a step, or that step's checkpoint."""
         steps = [step for step in self.steps() if step >= first]
-        others = [s for s in steps if s > first and not self._is_of_this_course(s)]
+        own = [s for s in steps if s == first or self._is_of_this_course(s)]
         dist.barrier()  # all have seen them
-        for step in others:
-            log.info(f"{self.path(step)} is of another course: set aside")
-            self._set_aside(step, "aside")
-        found = self._find_good([step for step in steps if step not in others])
+        found = self._find_good(own)
         if found is None:
             there = ", ".join(map(str, self.steps())) or "none"
+            told = "is damaged" if own else f"is no checkpoint in {self.folder}"
             raise UserError(
-                f"checkpoint.resume_from = {first} is no checkpoint in {self.folder}: "
-                f"take one that is there ({there})"
+                f"checkpoint.resume_from = {first} {told}: take one that is there "
+                f"({there})"
             )
+        for step in (step for step in steps if step not in own):
+            log.info(f"{self.path(step)} is of another course: set aside")
+            self._set_aside(step, "aside")
         return found
 
     def _is_of_this_course(self, step: int) -> bool:
         try:
             settings = tomli.loads(read_config(self.path(step)))
-        except ValueError:
+        except UserError:
             return True  # it is damaged, and will be found so
         begun_from = settings.get("checkpoint", {}).get("resume_from")
         return begun_from == self.settings.resume_from
@@ -259,18 +267,19 @@ class Checkpointer:
             if self._is_main:
                 log.warning(f"{damage}; taking the checkpoint before it")
             self._set_aside(step, "damaged")
-        if steps:
-            raise UserError(
-                f"all checkpoints in {self.folder} are damaged: see above; to begin "
-                "anew choose another --job.name"
-            )
         return None
 
     def _set_aside(self, step: int, why: str) -> None:
         """Rename a checkpoint, so that it counts no more (a collective)."""
         if self._is_main:
-            self.path(step).rename(f"step-{step}.{why}")
+            self.path(step).rename(self._free_name(f"step-{step}.{why}"))
         dist.barrier()
+
+    def _free_name(self, name: str) -> str:
+        """The name, with a number if something has it: that stays as it is."""
+        there = self.folder.names()
+        names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+        return next(name for name in names if name not in there)
 
     # --- saving --------------------------------------------------------------------
 

@@ -95,6 +95,9 @@ def check_config(config: Config) -> None:
         if not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise UserError(f"{key} = {value} must be {bounds}")
+    resumed = config.checkpoint.resume_from
+    if isinstance(resumed, int) and resumed < 0:
+        raise UserError(f"checkpoint.resume_from = {resumed} must be at least 0")
     name = Path(config.job.name)
     if not name.parts or name.is_absolute() or ".." in name.parts:
         raise UserError(f"job.name = {config.job.name!r} must be a folder's name")

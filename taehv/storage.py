@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -65,6 +64,10 @@ class Folder:
         self.files.invalidate_cache()
         return self.files.isfile(f"{self.path}/{name}")
 
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return self.files.size(f"{self.path}/{name}")
+
     def make(self) -> None:
         """Make it, and what it lies in."""
         self.files.makedirs(self.path, exist_ok=True)
@@ -79,12 +82,10 @@ class Folder:
         if self.files.exists(self.path):
             self.files.rm(self.path, recursive=True)
 
-    def rename(self, name: str) -> Folder:
-        """Give it another last name, in the place of what has that name."""
+    def rename(self, name: str) -> None:
+        """Give it another last name, which nothing has."""
         target = Folder(f"{self.name.rpartition('/')[0]}/{name}")
-        target.remove()
         self.files.mv(self.path, target.path, recursive=True)
-        return target
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""
@@ -213,7 +214,7 @@ def verify(folder: Folder, part: int = 0, parts: int = 1) -> None:
     Raises:
         Damaged: a file is missing, cut short or altered, or the manifest is.
     """
-    entries = _read_manifest(folder)
+    entries = read_manifest(folder)
     for name in sorted(entries)[part::parts]:
         try:
             size, digest = _digest(folder, name)
@@ -228,18 +229,39 @@ def verify(folder: Folder, part: int = 0, parts: int = 1) -> None:
             raise Damaged(f"{folder}/{name} is altered: its SHA-256 differs")
 
 
-def _read_manifest(folder: Folder) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Folder) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of the files of a complete folder, by their names.
+
+    Raises:
+        Damaged: it is none.
+    """
     try:
         entries = json.loads(folder.read(MANIFEST))["files"]
-        plain = all(
-            Path(name).name == name and entry.keys() == {"bytes", "sha256"}
+        plain = bool(entries) and all(
+            is_bare(name) and entry.keys() == {"bytes", "sha256"}
             for name, entry in entries.items()
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):
         plain = False
     if not plain:
         raise Damaged(f"{folder}/{MANIFEST} is damaged")
     return entries
+
+
+def is_bare(name: object) -> bool:
+    """Whether it is the name of a file, and leads nowhere else."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not {"/", "\\", "\0"} & set(name)
+    )
 
 
 def _digest(folder: Folder, name: str) -> tuple[int, str]:

@@ -101,7 +101,7 @@ def _read_safetensors(path: Path) -> tuple[object, dict[str, str]]:
         return state_dict, file.metadata() or {}
 
 
-def check_tensors(path: Path, state_dict: object) -> None:
+def check_tensors(path: Path | str, state_dict: object) -> None:
     """Raise UserError unless it is a state_dict of dense, finite, floating tensors."""
     if not isinstance(state_dict, dict) or not state_dict:
         raise UserError(f"{path}: holds no state_dict; save model.state_dict() alone")
@@ -122,13 +122,18 @@ def check_tensors(path: Path, state_dict: object) -> None:
             )
 
 
+def is_float(dtype: torch.dtype) -> bool:
+    """Whether it is a floating format with a number an element."""
+    return dtype.is_floating_point and not str(dtype).endswith("x2")
+
+
 def is_dense_float(value: object) -> bool:
     """Whether it is a plain floating tensor that is as large as it says."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
         and value.device.type == "cpu"
-        and value.is_floating_point()
+        and is_float(value.dtype)
         # A stride of zero would let a small file claim any amount of memory.
         and value.nbytes <= value.untyped_storage().nbytes()
     )

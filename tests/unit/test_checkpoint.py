@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PosixPath
+from typing import BinaryIO
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    TensorProperties,
 )
+from torch.serialization import _get_layout
 
 from taehv.checkpoint import (
+    CONFIG,
     METADATA,
     SafeReader,
     State,
+    _read,
     complete_steps,
     load,
     load_weights,
+    read_config,
     save_weights_only,
     training_state,
 )
 from taehv.checkpointer import Checkpointer, texts_beside
 from taehv.distributed import started
 from taehv.errors import UserError
+from taehv.metadata import parse
 from taehv.optim import Ema, Optimizer
 from taehv.sections import Checkpoint, Optim, Parallelism
 from taehv.storage import MANIFEST, Folder, write_manifest
@@ -172,10 +182,30 @@ def test_about_may_be_missing_but_not_damaged(tmp_path: Path) -> None:
     (path / "about.json").unlink()
     sign(path)
     assert load_weights(path)[1] == {}
-    (path / "about.json").write_text(text[:-3])
-    sign(path)
-    with pytest.raises(UserError, match=r"about\.json is damaged"):
-        load_weights(path)
+    for damaged in (text[:-3], "[" * 100_000):
+        (path / "about.json").write_text(damaged)
+        sign(path)
+        with pytest.raises(UserError, match=r"about\.json is damaged"):
+            load_weights(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff", b"[job", b"job = 1", b"a = " + b"[" * 100_000]
+)
+def test_damaged_settings(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / CONFIG).write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.toml is damaged"):
+        read_config(Folder(tmp_path))
+
+
+def test_weights_of_an_altered_checkpoint_are_refused(tmp_path: Path) -> None:
+    """Although every number in it is one."""
+    path = path_of(saved(tmp_path, 3), 3)
+    shard = path / "__0_0.distcp"
+    value = load_weights(path, "model")[0]["weight"].numpy().tobytes()
+    shard.write_bytes(shard.read_bytes().replace(value, value[4:] + value[:4]))
+    with pytest.raises(UserError, match="is altered"):
+        load_weights(path, "model")
 
 
 # Which checkpoints there are
@@ -254,6 +284,10 @@ def test_cut_metadata(tmp_path: Path) -> None:
         b"\x80\x04\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",
         pickle.dumps({"model": 1}),
         pickle.dumps(torch.Size([3])),
+        pickle.dumps(Metadata({})),
+        pickle.dumps(Metadata(None, storage_data={})),
+        pickle.dumps(Metadata({"model.w": 1}, storage_data={})),
+        pickle.dumps(Metadata({}, storage_data={"model.w": 1})),
     ],
 )
 def test_something_else_for_metadata(tmp_path: Path, content: bytes) -> None:
@@ -300,6 +334,100 @@ def test_another_models_checkpoint(tmp_path: Path) -> None:
 
 
 # Malice
+
+
+def change_metadata(path: Path, change: Callable[[Metadata], None]) -> None:
+    """Alter what the metadata says, and the manifest with it."""
+    metadata: Metadata = pickle.loads((path / METADATA).read_bytes())
+    change(metadata)
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+    sign(path)
+
+
+def entry_as(**values: object) -> Callable[[Metadata], None]:
+    """Sets what is said of a tensor."""
+
+    def change(metadata: Metadata) -> None:
+        vars(metadata.state_dict_metadata["model.weight"]).update(values)
+
+    return change
+
+
+def of_size(*size: int) -> Callable[[Metadata], None]:
+    """Makes a tensor as large, with a part that fills it."""
+    size = torch.Size(size)
+    chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+    return entry_as(size=size, chunks=[chunk])
+
+
+def shards_in(name: object) -> Callable[[Metadata], None]:
+    """Lets all tensors lie in one file."""
+
+    def change(metadata: Metadata) -> None:
+        for stored in metadata.storage_data.values():
+            stored.relative_path = name
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (entry_as(size="3"), "is no tensor"),
+        (entry_as(size=torch.Size([4, 2])), "is no tensor"),
+        (entry_as(chunks=[]), "is no tensor"),
+        (entry_as(chunks=None), "TypeError"),
+        (entry_as(properties="x"), "AttributeError"),
+        (of_size(-1, -6), "is no tensor"),
+        (shards_in("../step-2/__0_0.distcp"), "none of its files"),
+        (shards_in("/etc/passwd"), "none of its files"),
+        (shards_in(".."), "none of its files"),
+        (shards_in(7), "none of its files"),
+        (shards_in("another"), "none of its files"),
+    ],
+)
+def test_metadata_that_lies(
+    tmp_path: Path, change: Callable[[Metadata], None], told: str
+) -> None:
+    checkpointer = saved(tmp_path, 3)
+    change_metadata(path_of(checkpointer, 3), change)
+    assert all(told in line for line in refusals(checkpointer, 3))
+
+
+@pytest.mark.parametrize("size", [10**12, 2**62, 2**63 - 1])
+def test_tensors_larger_than_their_files_take_no_memory(
+    tmp_path: Path, size: int
+) -> None:
+    path = path_of(saved(tmp_path, 3), 3)
+    change_metadata(path, of_size(size))
+    with pytest.raises(UserError, match="smaller than its tensors"):
+        load_weights(path, "model")
+
+
+@pytest.mark.parametrize("name", ["int8", "qint8", "float4_e2m1fn_x2"])
+def test_formats_that_no_weights_have(tmp_path: Path, name: str) -> None:
+    path = path_of(saved(tmp_path, 3), 3)
+    properties = TensorProperties(dtype=getattr(torch, name))
+    change_metadata(path, entry_as(properties=properties))
+    with pytest.raises(UserError, match=f"weight is of torch.{name}"):
+        load_weights(path, "model")
+
+
+def test_without_a_manifest_shards_lie_in_the_folder(tmp_path: Path) -> None:
+    path = path_of(saved(tmp_path, 2, 3), 3)
+    change_metadata(path, shards_in("../step-2/__0_0.distcp"))
+    (path / MANIFEST).unlink()
+    with pytest.raises(UserError, match="none of its files"):
+        load_weights(path)
+
+
+def test_a_manifest_without_the_metadata(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 3)
+    path = path_of(checkpointer, 3)
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["files"][METADATA]
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert all("does not have it" in told for told in refusals(checkpointer, 3))
 
 
 class Command:
@@ -376,6 +504,30 @@ def test_other_names_are_refused(tmp_path: Path, module: str, name: str) -> None
         assert "does not belong there" in told
 
 
+def states(*objects: object) -> list[bytes]:
+    """Pickles that set the state of what they look up."""
+    fields = pickle.EMPTY_DICT + pushed("cache") + pickle.NONE + pickle.SETITEM
+    looked_up = [named(o.__module__, o.__qualname__) for o in objects]
+    both = pickle.NONE + fields + pickle.TUPLE2  # as for a class with slots
+    return [
+        name + state + pickle.BUILD + pickle.STOP
+        for name in looked_up
+        for state in (fields, both)
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *states(_get_layout, Metadata, TensorProperties, _MEM_FORMAT_ENCODING),
+        *states(PosixPath, torch.Size),
+    ],
+)
+def test_nothing_that_lasts_is_changed(content: bytes) -> None:
+    with pytest.raises(UserError, match="with a state does not belong there"):
+        parse(content, None)
+
+
 def disguise_as_bytes(path: Path, key: str, payload: bytes) -> None:
     """Store bytes in the place of a tensor, whose size their metadata claims.
 
@@ -403,4 +555,69 @@ def test_bytes_in_the_place_of_a_tensor_are_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it has model\.weight as nothing"):
         load(checkpointer.path(3), state_of(0))
     assert set(load_weights(path, "model")[0]) == {"bias"}
+    # What reads does not rely on what looks.
+    reader = SafeReader(checkpointer.path(3))
+    with pytest.raises(UserError, match=r"model\.weight is no tensor"):
+        _read({"model": {"weight": torch.empty(2, 3)}}, reader, no_dist=True)
     assert not marker.exists()
+
+
+class TwoFaced(pickle._Pickler):
+    """Writes metadata that says tensor, and when it is read again in a process, bytes.
+
+    It keeps a class in the state of a function, which the next reading finds there.
+    """
+
+    MEMO = pickle.LONG_BINPUT, pickle.LONG_BINGET, (900).to_bytes(4, "little")
+
+    def __init__(self, file: BinaryIO, entry: object) -> None:
+        super().__init__(file, 2)
+        self.entry = entry
+
+    def emit(self, *parts: object) -> None:
+        for part in parts:
+            self.write(part) if isinstance(part, bytes) else super().save(part)
+
+    def set_cache(self, *table: object) -> None:
+        cache = pickle.EMPTY_DICT, "cache", pickle.EMPTY_DICT, *table, pickle.SETITEM
+        self.emit(_get_layout, *cache, pickle.BUILD, pickle.POP)
+
+    def save(self, value: object, *arguments: object) -> None:
+        if value is not self.entry:
+            return super().save(value, *arguments)
+        keep, take, place = self.MEMO
+        made = pickle.TUPLE1, pickle.REDUCE
+        self.emit(_get_layout, "torch.strided", *made, keep, place, pickle.POP)
+        kind = take, place, type(value), pickle.SETITEM
+        second = "second", BytesStorageMetadata, pickle.SETITEM
+        self.set_cache(*kind, *second, "torch.strided", take, place, pickle.SETITEM)
+        self.emit(_get_layout, take, place, *made, pickle.EMPTY_TUPLE, pickle.NEWOBJ)
+        self.emit(vars(value), pickle.BUILD)
+        self.set_cache("torch.strided", "second", pickle.SETITEM)
+
+
+def test_metadata_with_two_faces_is_not_run(tmp_path: Path) -> None:
+    path, marker, payload = tmp_path / "ck", tmp_path / "marker", io.BytesIO()
+    save_weights_only(path, {"w": torch.randn(3, 2)}, ABOUT)
+    torch.save(Command(f"touch {marker}"), payload)
+    (path / "payload").write_bytes(payload.getvalue())
+    metadata: Metadata = pickle.loads((path / METADATA).read_bytes())
+    ((place, stored),) = metadata.storage_data.items()
+    stored.relative_path, stored.offset = "payload", 0
+    stored.length = len(payload.getvalue())
+    metadata.storage_data = {place: stored, MetadataIndex("model.w"): stored}
+    with (path / METADATA).open("wb") as file:
+        TwoFaced(file, metadata.state_dict_metadata["model.w"]).dump(metadata)
+    (path / MANIFEST).unlink()
+    before = dict(_get_layout.cache)
+    with pytest.raises(UserError, match="with a state does not belong there"):
+        load_weights(path)
+    assert not marker.exists() and _get_layout.cache == before
+
+
+def test_what_is_checked_is_what_is_read(tmp_path: Path) -> None:
+    checkpointer = saved(tmp_path, 3)
+    reader = SafeReader(checkpointer.path(3))
+    metadata = reader.read_metadata()
+    (path_of(checkpointer, 3) / METADATA).unlink()
+    assert reader.read_metadata() is metadata

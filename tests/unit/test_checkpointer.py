@@ -221,6 +221,14 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def empty(path: Path) -> None:
+    path.write_text('{"files": {}}')
+
+
+def nest(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
 DAMAGES = {
     "flipped bit": (flip, "__0_0.distcp", "is altered: its SHA-256 differs"),
     "cut shard": (cut, "__0_0.distcp", "bytes in place of"),
@@ -229,6 +237,8 @@ DAMAGES = {
     "altered metadata": (flip, METADATA, "is altered"),
     "altered settings": (flip, "about.json", "is altered"),
     "cut manifest": (cut, MANIFEST, "manifest.json is damaged"),
+    "empty manifest": (empty, MANIFEST, "manifest.json is damaged"),
+    "nested manifest": (nest, MANIFEST, "manifest.json is damaged"),
 }
 
 
@@ -290,9 +300,30 @@ def test_the_same_command_goes_on_from_what_it_saved_since(tmp_path: Path) -> No
 
 
 def test_resuming_from_a_step_that_is_not_there(tmp_path: Path) -> None:
-    resuming(tmp_path, "", 1, 2)
-    with pytest.raises(UserError, match=r"resume_from = 7 .*that is there \(1, 2\)"):
-        resuming(tmp_path, 7).find()
+    """Hides no other, or whoever corrects the number would find none."""
+    resuming(tmp_path, "", 2, 3)
+    for step in (1, 7):
+        told = rf"resume_from = {step} is no .*that is there \(2, 3\)"
+        with pytest.raises(UserError, match=told):
+            resuming(tmp_path, step).find()
+    flip(tmp_path / "step-2/__0_0.distcp")
+    with pytest.raises(UserError, match=r"= 2 is damaged: .*that is there \(3\)"):
+        resuming(tmp_path, 2).find()
+    assert Folder(tmp_path).names() == ["step-2.damaged", "step-3"]
+
+
+def test_what_is_set_aside_stays(tmp_path: Path) -> None:
+    for step in (3, 4, 5):
+        checkpointer = resuming(tmp_path, "", 2, step)
+        flip(tmp_path / f"step-{step}/__0_0.distcp")
+        (tmp_path / f"step-{step}").rename(tmp_path / "step-3")
+        checkpointer.find()
+        resuming(tmp_path, "", 4)
+        assert str(resuming(tmp_path, 2).find()) == f"{tmp_path}/step-2"
+    asides = [f"step-{n}" for n in ("3.damaged", "4.aside")]
+    kept = [name + suffix for name in asides for suffix in ("", "-2", "-3")]
+    assert Folder(tmp_path).names() == ["step-2", *kept]
+    assert value_in(Folder(tmp_path / "step-4.aside")) == 4.5
 
 
 def test_resuming_from_another_folder(tmp_path: Path) -> None:

@@ -301,6 +301,8 @@ def test_values_on_the_command_line(argv: list[str], key: str, value: object) ->
 
 def test_negative_numbers_reach_the_check_of_their_setting() -> None:
     assert refusal(["--optim.lr", "-1e-3"]) == "optim.lr = -0.001 must be at least 0"
+    told = "checkpoint.resume_from = -1 must be at least 0"
+    assert refusal(["--checkpoint.resume_from=-1"]) == told
     assert "data.stride = [-1, 3] must be" in refusal(["--data.stride", "-1,3"])
 
 
