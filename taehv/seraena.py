@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from taehv.checkpoint import optimizer_state
-from taehv.distributed import mean_over_ranks, sum_over_ranks
+from taehv.distributed import sum_over_ranks
 from taehv.losses import Decoded
 from taehv.optim import Optimizer
 from taehv.sampler import GUIDED, draw
@@ -56,19 +56,21 @@ CORRECTION_SHOWN = 0.1
 # --- the discriminator -------------------------------------------------------------
 
 
-class _MeanOverRanks(torch.autograd.Function):
-    """Mean of a tensor over all processes, of which each has a loss of its own.
+class _OfAllRanks(torch.autograd.Function):
+    """A tensor of every process, R in number, each of which has a loss of its own.
 
-    The gradient of the mean of all losses is then the mean of what comes back.
+    The gradient of the mean of all losses is then the sum of what comes back to each.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        return mean_over_ranks(values.clone())
+        gathered_R = values.new_zeros(dist.get_world_size(), *values.shape)
+        gathered_R[dist.get_rank()] = values
+        return sum_over_ranks(gathered_R)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return mean_over_ranks(gradient.clone())
+    def backward(ctx: Any, gradient_R: Tensor) -> Tensor:
+        return sum_over_ranks(gradient_R.clone())[dist.get_rank()]
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
@@ -94,9 +96,11 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         variance_C, mean_C = torch.var_mean(x_BCHW, (0, 2, 3), correction=0)
         count = x_BCHW.numel() // len(mean_C) * dist.get_world_size()
         if dist.get_world_size() > 1:
-            moments_2C = torch.stack([mean_C, variance_C + mean_C.square()])
-            mean_C, square_C = _MeanOverRanks.apply(moments_2C)
-            variance_C = square_C - mean_C.square()
+            # Not by means of squares, whose difference may round to less than zero.
+            moments_R2C = _OfAllRanks.apply(torch.stack([mean_C, variance_C]))
+            means_RC, variances_RC = moments_R2C.unbind(1)
+            spread_C, mean_C = torch.var_mean(means_RC, 0, correction=0)
+            variance_C = variances_RC.mean(0) + spread_C
         with torch.no_grad():
             unbiased_C = variance_C * (count / (count - 1))
             self.running_mean.lerp_(mean_C, self.momentum)
@@ -579,9 +583,14 @@ class Seraena:
         return list(corrected_NTCHW.chunk(len(parts))), weight
 
     def settle(self, is_good: Tensor) -> None:
-        """Undo what the discriminator learned, unless the student's step was good."""
+        """Undo what the discriminator learned, unless the step was good.
+
+        Args:
+            is_good: whether the student's was; the discriminator's own counts, too.
+        """
         if not self._has_learned:
             return
+        is_good = is_good & self._is_applied.to(is_good.device)
         for now, before in zip(self._buffers(), self._buffers_before, strict=True):
             now.copy_(torch.where(is_good.to(now.device), now, before))
         # These are finite, as AdamW applies nothing else, so that products will do.
@@ -634,7 +643,8 @@ class Seraena:
         loss = (error_B6HW.mean((1, 2, 3)) * counted_B).sum() * share
         loss.backward()
         self.health["loss"] = _summed(loss.detach()) / dist.get_world_size()
-        self.health["grad_norm"], _ = self.optimizer.step(self.health["loss"])
+        norm, self._is_applied = self.optimizer.step(self.health["loss"])
+        self.health["grad_norm"] = norm
 
     def _note_accuracy(self, is_right_B6HW: Tensor, kinds_3B: Tensor) -> None:
         right_B = is_right_B6HW.to(self._weight.dtype).mean((1, 2, 3))
@@ -690,7 +700,8 @@ class Seraena:
         ours, others = _summed(torch.stack(squares)).sqrt()
         weight = self._weight
         if self.settings.adaptive:
-            weight = weight * others / ours
+            # No correction at all must not make the weight infinite.
+            weight = weight * others / ours.clamp_min(torch.finfo(ours.dtype).eps)
         self.health["weight"] = weight
         self.health["gradient_ratio"] = weight * ours / others
         return weight

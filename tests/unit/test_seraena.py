@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from golden_vectors import MANIFEST, assert_same, formula_tensor, vectors
 from torch import Tensor, nn
@@ -133,6 +136,60 @@ def test_batch_norm_is_that_of_pytorch() -> None:
     for mine, other in zip(ours.eval().buffers(), theirs.eval().buffers(), strict=True):
         assert torch.allclose(mine, other, rtol=1e-5)
     assert torch.allclose(ours(x_BCHW), theirs(x_BCHW), atol=1e-5)
+
+
+def on_two_processes(
+    monkeypatch: pytest.MonkeyPatch, call: Callable[[int], Tensor]
+) -> list[Tensor]:
+    """What a call returns on each of two processes, which are threads."""
+    own, met, sent = threading.local(), threading.Barrier(2, timeout=10), {}
+
+    def all_reduce(values: Tensor, op: object) -> None:
+        sent[own.rank] = values.clone()
+        met.wait()
+        total = sent[0] + sent[1]
+        met.wait()
+        values.copy_(total)
+
+    def run(rank: int) -> Tensor:
+        own.rank = rank
+        return call(rank)
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: own.rank)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, range(2)))
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(1, 3), (30, 1e-3)])
+def test_batch_norm_of_two_processes_is_that_of_one(
+    monkeypatch: pytest.MonkeyPatch, mean: float, deviation: float
+) -> None:
+    torch.manual_seed(0)
+    x_BCHW = torch.randn(8, 4, 6, 6) * deviation + mean
+    shares_BCHW = torch.randn(8, 4, 6, 6)
+    one = nn.BatchNorm2d(4).double()
+    exact_BCHW = x_BCHW.double().requires_grad_()
+    expected_BCHW = one(exact_BCHW)
+    (expected_BCHW * shares_BCHW).sum().backward()
+
+    def process(rank: int) -> Tensor:
+        norm, half_BCHW = GlobalBatchNorm(4), x_BCHW.chunk(2)[rank].requires_grad_()
+        result_BCHW = norm(half_BCHW)
+        (result_BCHW * shares_BCHW.chunk(2)[rank]).sum().backward()
+        torch.testing.assert_close(
+            norm.running_var.double(), one.running_var, rtol=1e-3, atol=0
+        )
+        return torch.stack([result_BCHW.detach(), half_BCHW.grad])
+
+    result_BCHW, gradient_BCHW = torch.cat(on_two_processes(monkeypatch, process), 1)
+    for found, expected in (
+        (result_BCHW, expected_BCHW),
+        (gradient_BCHW, exact_BCHW.grad),
+    ):
+        error = (found - expected).norm() / expected.norm()
+        assert error < (1e-5 if mean == 1 else 3e-3)
 
 
 def test_batch_norm_takes_statistics_of_bf16_in_fp32() -> None:
@@ -430,19 +487,22 @@ def everything(guide: Seraena) -> list[Tensor]:
     return [getattr(x, "full_tensor", lambda x=x: x)().clone() for x in state]
 
 
-@pytest.mark.parametrize("bad", ["frames", "gradient"])
-def test_a_skipped_step_leaves_no_trace(world: World, bad: str) -> None:
+@pytest.mark.parametrize(
+    ("bad", "student"), [("frames", False), ("gradient", False), ("frames", True)]
+)
+def test_a_skipped_step_leaves_no_trace(world: World, bad: str, student: bool) -> None:
+    """Whether the student's step is skipped, or the discriminator's alone."""
     guide = double_guide(world, clips=2, replay_in_checkpoint=True)
     guide.guide([random_part(guide, 2)], True)
     guide.settle(torch.tensor(True))
     before = everything(guide)
     part = random_part(guide, 2, 2)
     if bad == "frames":
-        part.decoded.frames_NTCHW[0, 0] = float("nan")
+        part.decoded.frames_NTCHW[:] = float("nan")
     (corrected,), _ = guide.guide([part], True)
     assert corrected.isfinite().all() == (bad == "gradient")
     assert not all(map(torch.equal, before, everything(guide)))
-    guide.settle(torch.tensor(False))
+    guide.settle(torch.tensor(student))
     after = everything(guide)
     assert len(after) == len(before) > 100
     assert all(map(torch.equal, before, after))
@@ -516,6 +576,14 @@ def test_adaptive_weight_is_a_ratio_of_gradients(world: World) -> None:
     (ours,) = torch.autograd.grad(loss, frames)
     assert (ours.norm() / gradient.norm()).item() == pytest.approx(0.5)
     assert guide.health["gradient_ratio"].item() == pytest.approx(0.5)
+
+
+def test_adaptive_weight_of_no_correction_is_finite(world: World) -> None:
+    guide = double_guide(world, clips=2, adaptive=True)
+    part = random_part(guide, 2)
+    part.decoded.frames_NTCHW = part.decoded.target_NTCHW
+    (corrected,), weight = guide.guide([part], False)
+    assert torch.equal(corrected, part.decoded.frames_NTCHW) and weight.isfinite()
 
 
 def test_it_learns_to_tell_real_from_fake(world: World) -> None:
