@@ -125,10 +125,10 @@ class DiffusersTeacher:
         """
         self.kind = settings.kind
         kind = KINDS[settings.kind]
-        vae = _load_vae(settings.kind, settings.path).requires_grad_(False).eval()
+        vae, (mean_C, std_C) = _load_vae(settings.kind, settings.path)
+        vae.requires_grad_(False).eval()
         self.latent_channels: int = vae.config[kind.channels]
         self.space_factor = _space_factor(settings, self.latent_channels)
-        mean_C, std_C = kind.normalization(vae)
         _adapt(vae, settings.kind, settings.tiling)
         is_bf16 = settings.dtype == "bf16" or (
             settings.dtype == "auto" and device.type == "cuda" and not kind.is_float32
@@ -281,9 +281,26 @@ def _fingerprint(vae: nn.Module, *about: object) -> str:
 
 # --- files -------------------------------------------------------------------------
 
+LOAD_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NameError,
+    ArithmeticError,
+    SafetensorError,
+)
+"""What diffusers raises for folders that hold something else, damaged or wrong."""
 
-def _load_vae(kind: str, path: str) -> nn.Module:
-    """The VAE of a folder or hub id, in float32 on the CPU, from safetensors alone."""
+
+def _load_vae(kind: str, path: str) -> tuple[nn.Module, Normalization]:
+    """The VAE of a folder or hub id, in float32 on the CPU, from safetensors alone.
+
+    Returns:
+        It, and how its latents are normalised.
+    """
     vae_class = _vae_class(kind)
     place, subfolder = _place(vae_class, path)
     try:
@@ -296,15 +313,34 @@ def _load_vae(kind: str, path: str) -> nn.Module:
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+        normalization = _normalization(KINDS[kind], vae)
+    except UserError:
+        raise
+    except LOAD_ERRORS as error:
         raise UserError(_cannot_load(path, error)) from None
-    if report["missing_keys"]:
-        missing = min(report["missing_keys"])
-        raise UserError(
-            f"teacher.path = {path} lacks weights, the first being {missing}: download "
-            "it again"
+    for keys, what in (
+        ("missing_keys", "lacks weights"),
+        ("unexpected_keys", "has weights that its config.json has no place for"),
+    ):
+        if report[keys]:
+            raise UserError(
+                f"teacher.path = {path} {what}, the first being {min(report[keys])}: "
+                "download it again"
+            )
+    return vae, normalization
+
+
+def _normalization(kind: Kind, vae: nn.Module) -> Normalization:
+    """How its pipelines normalise latents; a ValueError if that makes no sense."""
+    mean_C, std_C = kind.normalization(vae)
+    shapes = (1,), (vae.config[kind.channels],)
+    finite = mean_C.isfinite().all() and std_C.isfinite().all()
+    if not (finite and (std_C > 0).all() and {mean_C.shape, std_C.shape} <= {*shapes}):
+        raise ValueError(
+            "latents_mean, latents_std or scaling_factor are no numbers to normalise "
+            f"{shapes[1][0]} channels with"
         )
-    return vae
+    return mean_C, std_C
 
 
 def _vae_class(kind: str) -> type:
@@ -353,7 +389,9 @@ def _vae_folder(folder: Path) -> Path:
     )
 
 
-def _check_config(kind: str, path: str, config: dict[str, object]) -> None:
+def _check_config(kind: str, path: str, config: object) -> None:
+    if not isinstance(config, dict):
+        raise ValueError("config.json holds no table")
     found, wanted = config.get("_class_name"), KINDS[kind].class_name
     if found != wanted:
         kinds = [name for name, other in KINDS.items() if other.class_name == found]
@@ -368,8 +406,10 @@ def _check_config(kind: str, path: str, config: dict[str, object]) -> None:
 
 
 def _cannot_load(path: str, error: Exception) -> str:
-    reason = str(error).splitlines()[0].strip().rstrip(".:")
-    if Path(path).expanduser().is_dir():
+    reason = str(error).strip().partition("\n")[0].rstrip(".: ")
+    if not isinstance(error, OSError):
+        reason = f"{type(error).__name__}: {reason}"
+    if Path(path).expanduser().is_dir() or not isinstance(error, OSError):
         return f"teacher.path = {path} cannot be loaded: {reason}; download it again"
     return (
         f"teacher.path = {path} is no folder here, and the hub does not give it: "

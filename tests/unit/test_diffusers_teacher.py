@@ -528,6 +528,43 @@ def test_configs_of_something_else(
     assert "config.json has no latents_std" in refusal(bare, "wan")
     wide = with_config(folder, tmp_path / "wide", base_dim=8)
     assert "cannot be loaded" in refusal(wide, "wan")
+    (other / "config.json").write_text("[]")
+    assert "config.json holds no table" in refusal(other, "wan")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("hunyuanvideo", {"scaling_factor": 0}),
+        ("hunyuanvideo", {"scaling_factor": "0.5"}),
+        ("hunyuanvideo", {"scaling_factor": [1.0, 2.0]}),
+        ("ltx2", {"scaling_factor": "0.5"}),
+        ("ltx2", {"scaling_factor": -1}),
+        ("wan2_1", {"latents_mean": [0.0] * 15}),
+        ("wan2_1", {"latents_std": [1.0] * 15 + [0.0]}),
+        ("wan2_1", {"latents_std": [1.0] * 15 + [math.nan]}),
+        ("wan2_1", {"latents_std": 1.0}),
+        ("wan2_1", {"dim_mult": [1, 2, "3", 4]}),
+        ("wan2_1", {"dim_mult": []}),
+        ("wan2_1", {"num_res_blocks": "two"}),
+        ("hunyuanvideo", {"norm_num_groups": 0}),
+    ],
+)
+def test_configs_with_wrong_values(
+    folder_of: Callable[[str], Path], tmp_path: Path, name: str, wrong: dict[str, Any]
+) -> None:
+    folder = with_config(folder_of(name), tmp_path / "wrong", **wrong)
+    assert "cannot be loaded: " in refusal(folder, FAMILIES[name].kind)
+
+
+def test_no_scaling_factor_at_all(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = with_config(folder_of("hunyuanvideo"), tmp_path / "null")
+    text = (folder / "config.json").read_text()
+    text = text.replace('"scaling_factor": 0.476986', '"scaling_factor": null')
+    (folder / "config.json").write_text(text)
+    assert "cannot be loaded: " in refusal(folder, "hunyuanvideo")
 
 
 def test_damaged_weights(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
@@ -547,6 +584,14 @@ def test_damaged_weights(folder_of: Callable[[str], Path], tmp_path: Path) -> No
             lambda weights, value=value: weights[key].view(-1)[3:4].fill_(value),
         )
         assert f"{key} has values that are not finite" in refusal(spoilt, "wan")
+    extra = changed(folder, tmp_path / "extra", lambda w: w.update(more=torch.zeros(1)))
+    assert "has no place for, the first being more" in refusal(extra, "wan")
+    buffer = changed(
+        folder_of("ltx2"),
+        tmp_path / "buffer",
+        lambda weights: weights["latents_std"][5:6].fill_(math.nan),
+    )
+    assert "latents_std" in refusal(buffer, "ltx2")
 
 
 class Hub(BaseHTTPRequestHandler):
