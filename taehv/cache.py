@@ -8,6 +8,7 @@ write_about do so for latents that come from elsewhere.
 from __future__ import annotations
 
 import copy
+import fcntl
 import functools
 import hashlib
 import io
@@ -19,6 +20,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +110,32 @@ def _latent_rules(variant: Variant) -> dict[str, Any]:
 def write_about(folder: str | Path, about: dict[str, Any]) -> None:
     """Write a cache's cache.json, which `describe` makes."""
     _write_json(Path(folder) / "cache.json", about, indent=2)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other commands from writing to a cache meanwhile.
+
+    The kernel gives the lock back however the process ends.
+
+    Raises:
+        UserError: another command is writing to it.
+        OSError: the folder cannot be written to.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"data.cache = {folder} is in use by another command that writes to "
+                "it: wait until that has ended, or name another folder"
+            ) from None
+        except OSError as error:  # of a file system without locks
+            log.info(
+                f"{folder} cannot be locked ({error.strerror}): let no other command "
+                "write to it meanwhile"
+            )
+        yield
 
 
 def shard_path(folder: str | Path, part: Part, number: int, suffix: str) -> Path:
@@ -581,7 +609,7 @@ class Windows:
         ends = self._jpeg_ends[row["jpegs"] : row["jpegs"] + row["frames"]]
         edges = [int(row["frames_offset"]), *map(int, ends)]
         chosen = range(shape[0])[frames]
-        pictures = [_picture(path, *edges[t : t + 2]) for t in chosen]
+        pictures = [_picture(path, *edges[t : t + 2], *shape[1:3]) for t in chosen]
         return np.stack([picture[rows, columns] for picture in pictures])
 
     def latents_TCHW(
@@ -615,16 +643,19 @@ class Windows:
         """A clip of window i: slices of time, rows and columns of both.
 
         Raises:
-            UserError: the files have changed since the cache was opened.
+            UserError: the files have changed since the cache was opened, or hold
+                pictures of another size than the list says.
         """
+        damage = OSError, ValueError, IndexError, Image.DecompressionBombError
         try:
             frames_THWC = self.frames_THWC(i, *frames)
             latents_TCHW = self.latents_TCHW(i, *latents)
-        except (OSError, ValueError, IndexError) as error:
+        except damage as error:
             shard = shard_path(self.folder, self.part, self.table[i]["shard"], "json")
             raise UserError(
-                f"{shard} has changed since the run began ({error}): start it again, "
-                "which leaves out what is damaged"
+                f"{shard} has changed since the run began, or was written wrong "
+                f"({error}): start it again, which leaves out what is damaged, or "
+                "write that shard anew"
             ) from None
         source = self.sources.relative(int(self.table[i]["source"]))
         color_34 = color_transform(0, [])
@@ -648,10 +679,16 @@ def _load_windows(place: str, *description: Any) -> Windows:
 
 
 @functools.lru_cache(DECODED_FRAMES)
-def _picture(path: Path, start: int, end: int) -> np.ndarray:
+def _picture(path: Path, start: int, end: int, height: int, width: int) -> np.ndarray:
     with path.open("rb") as file:
         file.seek(start)
-        return from_jpeg(file.read(end - start))
+        opened = Image.open(io.BytesIO(file.read(end - start)), formats=["JPEG"])
+    if opened.size != (width, height):
+        raise ValueError(
+            f"a JPEG file of {opened.height} x {opened.width} in a window of "
+            f"{height} x {width}"
+        )
+    return np.asarray(opened.convert("RGB"))
 
 
 def cached_batches(

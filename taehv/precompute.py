@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from taehv.cache import (
     check_fit,
     describe,
     from_jpeg,
+    locked,
     note_verified,
     read_about,
     read_shard,
@@ -252,6 +254,7 @@ class Precompute:
             height=config.cache.height,
             width=config.cache.width,
             crops_per_window=1,
+            window_frames=0,
         )
         check_agreement({"list of videos": self._files_hash()})
         self.teacher = self._load_teacher()
@@ -279,7 +282,10 @@ class Precompute:
 
     def run(self) -> None:
         """Write this process's share of the shards that are missing."""
-        self._claim_folder()
+        with self._claimed_folder():
+            self._write_missing()
+
+    def _write_missing(self) -> None:
         # Before so many shards are listed as no disk could hold.
         self._check_room(self.counts, shutil.disk_usage(self.folder).total)
         missing = [shard for shard in self._shards() if not self._is_complete(shard)]
@@ -300,19 +306,30 @@ class Precompute:
 
     # --- the folder ----------------------------------------------------------------
 
-    def _claim_folder(self) -> None:
-        """Write what the cache is, or see that what is there is the same cache."""
+    @contextmanager
+    def _claimed_folder(self) -> Iterator[None]:
+        """Write what the cache is, or see that what is there is the same cache.
+
+        For the time of the context no other command writes to it.
+        """
         about = self._about()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.world.is_main and read_about(self.folder) is None:
-                write_about(self.folder, about)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to data.cache = {self.folder} ({error.strerror}): name "
-                "a folder that you may write to"
-            ) from None
-        dist.barrier()
+        with ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if self.world.is_main:
+                    stack.enter_context(locked(self.folder))
+                    if read_about(self.folder) is None:
+                        write_about(self.folder, about)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write to data.cache = {self.folder} ({error.strerror}): "
+                    "name a folder that you may write to"
+                ) from None
+            dist.barrier()
+            self._check_same(about)
+            yield
+
+    def _check_same(self, about: dict[str, Any]) -> None:
         there, wanted = _flat(read_about(self.folder)), _flat(about)
         for key in there | wanted:
             if there.get(key) != wanted.get(key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -34,6 +35,7 @@ from taehv.cache import (
     cached_batches,
     describe,
     from_jpeg,
+    locked,
     to_jpeg,
     write_about,
 )
@@ -544,6 +546,27 @@ def test_files_that_vanish_during_a_run_are_told_in_one_line(
     assert "\n" not in str(raised.value)
 
 
+def test_jpeg_files_of_another_size_are_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their frames and latents would not be of the same places."""
+    monkeypatch.setattr(taehv.cache.Image, "MAX_IMAGE_PIXELS", 64 * 64)
+    write_about(
+        tmp_path, describe(VARIANTS["taehv"], {}, {"train": 1, "validation": 0}, {})
+    )
+    frames, latents = np.zeros((5, 32, 32, 3), np.uint8), np.zeros((2, 16, 4, 4))
+    with ShardWriter(tmp_path, "train", 0) as shard:
+        for number, size in enumerate([(32, 32), (32, 40), (24, 32), (128, 128)]):
+            jpegs = [to_jpeg(np.zeros((*size, 3), np.uint8))] * 5
+            shard.add(Window(number, "a.mp4", 0, frames, latents, jpegs))
+    windows = Cache.open(tmp_path, "taehv").train
+    assert windows.whole(0).frames_THWC.shape == (5, 32, 32, 3)
+    for number, told in enumerate(["of 32 x 40 in", "of 24 x 32 in", "bomb"], 1):
+        with pytest.raises(UserError, match=told) as raised:
+            windows.whole(number)
+        assert "\n" not in str(raised.value)
+
+
 # --- writing it ----------------------------------------------------------------------
 
 
@@ -553,6 +576,23 @@ def test_a_finished_cache_is_left_alone(videos: Path, copied: Path) -> None:
     make_cache(videos, copied)
     assert contents(copied) == before
     assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_a_folder_is_written_by_one_command_at_a_time(
+    videos: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / "train/shard-000000.json").unlink()
+    before = contents(copied)
+    with locked(copied), pytest.raises(UserError, match="by another command") as raised:
+        make_cache(videos, copied)
+    assert "\n" not in str(raised.value) and contents(copied) == before
+
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(taehv.cache.fcntl, "flock", unsupported)
+    make_cache(videos, copied)
+    assert len(Cache.open(copied, "taehv").train) == 14
 
 
 def test_what_was_deleted_or_cut_short_is_written_again(
@@ -578,6 +618,15 @@ def test_interrupted_precompute_goes_on(
     make_cache(videos, folder, **teacher)
     assert contents(folder / "train") == contents(cache / "train")
     assert contents(folder / "validation") == contents(cache / "validation")
+
+
+def test_frames_of_a_window_are_those_of_the_cache_alone(
+    videos: Path, cache: Path, tmp_path: Path
+) -> None:
+    few = {"cache__windows": 2, "validation__clips": 1}
+    plain = make_cache(videos, tmp_path / "plain", **few)
+    other = make_cache(videos, tmp_path / "other", **few, data__window_frames=19)
+    assert contents(plain / "train") == contents(other / "train")
 
 
 @pytest.mark.parametrize(
