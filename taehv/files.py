@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,22 @@ class FileList:
             hashes = (path_hash(whole.relative(i)) for i in range(count))
             self._hashes = np.fromiter(hashes, np.uint64, count)
         return self._hashes if self._chosen is None else self._hashes[self._chosen]
+
+    def full_hashes(self, mask: np.ndarray) -> np.ndarray:
+        """A hash of the full path or URL of those for which a mask is set, uint64."""
+        hashes = np.array(self.hashes)
+        for i in np.flatnonzero(mask & ~self.lies_elsewhere):
+            hashes[i] = path_hash(self[i])
+        return hashes[mask]
+
+    @property
+    def lies_elsewhere(self) -> np.ndarray:
+        """A mask of bool: files outside the base, named by full paths or URLs."""
+        is_full = self._blob[self._ends[:-1]] == ord("/")
+        marks = (match.start() for match in re.finditer(b"://", self._blob))
+        places = np.fromiter(marks, np.int64)
+        is_full[np.searchsorted(self._ends, places, "right") - 1] = True
+        return is_full if self._chosen is None else is_full[self._chosen]
 
     @property
     def fingerprint(self) -> str:
@@ -310,12 +327,17 @@ def _listed(path: str) -> list[str]:
         content = read_bytes(path) if is_url(path) else Path(path).read_bytes()
         text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.annotations = {path} cannot be read ({error}): name a .json, .jsonl "
-            "or .csv annotation or a .txt list of paths"
-        ) from error
+        raise unreadable_list(path, error) from error
     suffix = os.path.splitext(path)[1].lower()
     return READERS.get(suffix, _from_text)(path, text)
+
+
+def unreadable_list(path: str, error: Exception) -> UserError:
+    """What is told of a list that cannot be read."""
+    return UserError(
+        f"data.annotations = {path} cannot be read ({error}): name a .json, .jsonl "
+        "or .csv annotation or a .txt list of paths"
+    )
 
 
 def _from_text(path: str, text: str) -> list[str]:
@@ -369,6 +391,13 @@ def _path_of(entry: Any, i: int, annotation: str) -> str:
             f'entry {i} of the list in {annotation} has no path: give it a "path" '
             'relative to data.root or a "full_path"'
         )
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:  # JSON can spell half of a character
+        raise UserError(
+            f"entry {i} of the list in {annotation} is no name of a file ({error}): "
+            "write its path in UTF-8"
+        ) from None
     return path
 
 
@@ -397,24 +426,31 @@ def split_all(lists: Sequence[FileList], data: Data) -> tuple[Files, Files]:
 def _check_overlap(pairs: Sequence[tuple[FileList, np.ndarray]]) -> None:
     """Refuse a file that one source holds out and another trains on.
 
-    A path is hashed relative to its source, and so differently in a folder within.
+    A path is hashed relative to its source, and so differently in a folder within and
+    in a list that names it in full.
     """
-    bases = sorted(os.path.join(files.base, "") for files, _ in pairs)
-    if not any(b.startswith(a) for a, b in itertools.pairwise(bases)):
-        return
-    held, kept = (
-        {
-            path_hash(files[i])
-            for files, mask in pairs
-            for i in np.flatnonzero(mask == s)
-        }
-        for s in (True, False)
-    )
-    if held & kept:
+    held, kept = [], []
+    for files, mask in pairs:
+        which = files.lies_elsewhere
+        others = (other for other, _ in pairs if other is not files)
+        if not which.all() and any(_may_share(files, other) for other in others):
+            which = np.ones(len(files), bool)
+        held.append(files.full_hashes(which & mask))
+        kept.append(files.full_hashes(which & ~mask))
+    if np.isin(np.concatenate(kept), np.concatenate(held)).any():
         raise UserError(
             "data.sources overlap: a file would be held out of one and trained on from "
-            "another; name each folder once"
+            "another; name each file in one source"
         )
+
+
+def _may_share(files: FileList, other: FileList) -> bool:
+    """Whether a file below the base of one may be in the other too."""
+    base, place = (os.path.join(f.base, "") for f in (files, other))
+    if base.startswith(place) or place.startswith(base):
+        return True
+    paths, _ = other.arrays
+    return re.search(re.escape(os.fsencode(base)), paths) is not None
 
 
 def split(

@@ -24,7 +24,14 @@ import numpy as np
 from tqdm import tqdm
 
 from taehv.errors import UserError
-from taehv.files import FileList, Files, Source, sources_of, split_all
+from taehv.files import (
+    FileList,
+    Files,
+    Source,
+    sources_of,
+    split_all,
+    unreadable_list,
+)
 from taehv.pools import CRASHES, alone, cores, shared
 from taehv.sections import Config, Data
 from taehv.urls import is_url, stamp
@@ -54,6 +61,7 @@ ROW = np.dtype(
 nanoseconds, seconds, frames a second, frames from one keyframe to the next, frames (0:
 unknown, as with the three before it), size as displayed, rotation in degrees, number of
 the reason why it is bad, codec, status."""
+MOST_FRAMES = 2**32 - 1
 UNKNOWN, GOOD, BAD = 0, 1, 2
 ARRAYS = ("paths.npy", "ends.npy", "table.npy")
 CHUNK = 64
@@ -169,7 +177,10 @@ def _folder(data: Data, source: Source) -> Path:
 
 def _identity(source: Source, images: bool) -> dict[str, Any]:
     """What an index was made of; a list that was written since makes it another."""
-    listed = _stamp(source.annotations) if source.annotations else None
+    try:
+        listed = _stamp(source.annotations) if source.annotations else None
+    except OSError as error:
+        raise unreadable_list(source.annotations, error) from error
     return {
         "format": FORMAT,
         **asdict(source),
@@ -339,9 +350,7 @@ def _probe_file(index: Index, i: int) -> tuple[np.void, str]:
     if row["status"] != UNKNOWN and same:
         return row, index.reason(i) if row["status"] == BAD else ""
     row["size"], row["modified"] = size, modified
-    # What waits for a writer, such as a pipe, would never end.
-    is_plain = is_url(path) or os.path.isfile(path)
-    reason = _describe(path, row) if is_plain else "is no file"
+    reason = _describe(path, row)
     row["status"] = BAD if reason else GOOD
     return row, reason
 
@@ -363,7 +372,8 @@ def _describe(path: str, row: np.void) -> str:
     rate = float(info.rate or 0)
     duration = info.duration or 0
     row["duration"] = -1 if is_image(path) else duration
-    row["rate"], row["frames"] = rate, info.frames or round(duration * rate)
+    frames = info.frames or round(duration * rate)
+    row["rate"], row["frames"] = rate, min(max(frames, 0), MOST_FRAMES)
     row["width"], row["height"] = min(info.width, 65535), min(info.height, 65535)
     row["rotation"], row["codec"] = info.rotation, info.codec.encode()
     row["keyframe_interval"] = info.keyframe_interval

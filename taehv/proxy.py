@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from taehv.errors import UserError
-from taehv.files import FileList, sources_of
+from taehv.files import FileList, Source, sources_of
 from taehv.index import list_files
 from taehv.loader import worker_count
 from taehv.pools import CRASHES, shared
@@ -104,16 +104,24 @@ def _copier(config: Config) -> Copier:
     folder = os.path.abspath(os.path.expanduser(config.proxy.folder))
     (source,) = sources_of(config.data)
     files = list_files(config.data, source)
-    if folder == files.base:
-        raise UserError("proxy.folder is data.root: name another folder")
+    _check_apart(folder, files.base, source)
     for i in range(len(files)):
-        if os.path.isabs(files.relative(i)) or is_url(files.relative(i)):
+        relative = files.relative(i)
+        if os.path.isabs(relative) or is_url(relative) or ".." in relative.split("/"):
             raise UserError(
                 f"{files[i]} does not lie under {files.base}, so that its copy has no "
                 "place: set data.root to a folder that holds all videos"
             )
     settings = Proxy(**asdict(config.proxy) | {"folder": folder})
     return Copier(settings, files)
+
+
+def _check_apart(folder: str, base: str, source: Source) -> None:
+    """Refuse a folder whose copies would take the place of videos, or be copied."""
+    folder, base = os.path.realpath(folder), os.path.realpath(base)
+    is_searched = not source.annotations and folder.startswith(os.path.join(base, ""))
+    if folder == base or is_searched:
+        raise UserError("proxy.folder is data.root or inside it: name another folder")
 
 
 def _check_folder(folder: Path, settings: Proxy) -> None:

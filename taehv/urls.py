@@ -10,7 +10,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -65,20 +65,19 @@ class UrlReader:
 
     def read(self, size: int) -> bytes:
         """The next bytes; none at the end, and from a failure on."""
-        try:
-            with _as_url_error():
-                return b"" if self._failure else self._file.read(size)
-        except UrlError as error:
-            self._failure = error
-            return b""
+        with suppress(UrlError), self._noting():
+            return b"" if self._failure else self._file.read(size)
+        return b""
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place; where that is."""
-        return self._file.seek(offset, whence)
+        """Go to a place; where that is. Raises UrlError."""
+        with self._noting():
+            return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """Where the next bytes are."""
-        return self._file.tell()
+        """Where the next bytes are. Raises UrlError."""
+        with self._noting():
+            return self._file.tell()
 
     def check(self) -> None:
         """Raise the UrlError that there was, if any."""
@@ -86,8 +85,18 @@ class UrlReader:
             raise self._failure
 
     def close(self) -> None:
-        """Read no more."""
-        self._file.close()
+        """Read no more. Raises UrlError."""
+        with _as_url_error():
+            self._file.close()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            with _as_url_error():
+                yield
+        except UrlError as error:
+            self._failure = error
+            raise
 
 
 def read_bytes(url: str) -> bytes:

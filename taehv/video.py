@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import os
 import threading
 from bisect import bisect_left
 from collections import deque
@@ -39,6 +40,8 @@ DEFAULT_RATE = 25
 REWINDS = (0.0, 0.5, 2.0, 8.0, float("inf"))
 MOST_PACKETS = 2**30
 """Bytes of packets that are read to find a window."""
+MOST_TICKS = 2**62
+"""The longest duration, in units of the time base: FFmpeg's times have 64 bits."""
 # The deepest reordering that H.264 and HEVC allow, in frames.
 REORDER = 16
 # Decoders that honour skip_frame packet by packet; others (dav1d) lose frames by it.
@@ -300,7 +303,8 @@ def decode_window(
     sequential decoding gives. A file too short for the stride is read with the
     largest stride that fits. A still image stands still. Pixels are taken as square.
     What it takes is added to `tally`. Raises VideoError when the file is shorter than
-    `frames` or the window is damaged.
+    `frames` or a frame of the window is missing or flagged as damaged by the decoder:
+    damage that the decoder conceals without a flag goes unseen.
     """
     if is_image(path):
         return _still(path, frames, crops)
@@ -659,6 +663,9 @@ def write_mp4(
 def _container(path: str) -> Iterator[InputContainer]:
     """A file, or what lies under a URL."""
     if not is_url(path):
+        # What waits for a writer, such as a pipe, would never end.
+        if not os.path.isfile(path) and os.path.exists(path):
+            raise VideoError(f"{path} is no file")
         with av.open(path, metadata_errors="ignore") as container:
             yield container
         return
@@ -683,14 +690,20 @@ def _opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
             yield container, stream
     except (av.FFmpegError, UrlError) as error:
         raise kind(f"{path}: {error.strerror}") from error
+    except OverflowError as error:  # its times and FFmpeg's numbers
+        raise VideoError(f"{path}: a time is out of range ({error})") from error
 
 
 def _extent(container: InputContainer, stream: VideoStream) -> tuple[int, int | None]:
-    """Start and duration in the stream's time base, by the header."""
+    """Start and duration in the stream's time base, by the header.
+
+    A duration that no file can have is taken as unknown.
+    """
     start, duration = stream.start_time or 0, stream.duration
     if duration is None and container.duration is not None:
         duration = int(Fraction(container.duration, av.time_base) / stream.time_base)
-    return start, duration
+    is_possible = duration is not None and 0 <= duration <= MOST_TICKS
+    return start, duration if is_possible else None
 
 
 @dataclass(frozen=True)
@@ -774,9 +787,14 @@ class _Window:
             numbered = enumerate(container.decode(stream))
             self.tally.packets += wanted[-1] + 1
             upto_last = zip(range(wanted[-1] + 1), numbered, strict=False)
-            return self._cut(
-                frame for _, (number, frame) in upto_last if number in wanted
-            )
+            chosen = (frame for _, (number, frame) in upto_last if number in wanted)
+            return self._cut(map(self._whole, chosen))
+
+    def _whole(self, frame: VideoFrame) -> VideoFrame:
+        """A frame that decoding from the start gave; there is no better way to it."""
+        if frame.is_corrupt:
+            raise VideoError(f"{self.path}: a frame of the window is damaged")
+        return frame
 
 
 def _untimed(container: InputContainer, stream: VideoStream) -> bool:
@@ -789,7 +807,7 @@ def _end_time(path: str) -> int:
     """Where the last frame ends, for files whose header has no duration."""
     with _opened(path) as (container, stream):
         timed = (p for p in container.demux(stream) if p.pts is not None)
-        return max(packet.pts + packet.duration for packet in timed)
+        return max((packet.pts + packet.duration for packet in timed), default=0)
 
 
 def _seek(

@@ -73,3 +73,17 @@ def make_video(
                 packet.pts = packet.dts = i
             container.mux(packet)
     return path
+
+
+def promise(path: Path, seconds: float, ticks: int = 1_000_000) -> None:
+    """Have a Matroska file's header tell of another duration.
+
+    `ticks` are the nanoseconds in a unit of the file's times.
+    """
+    content = bytearray(path.read_bytes())
+    # The elements TimestampScale, an integer, and Duration, a float64.
+    place = content.index(b"\x2a\xd7\xb1\x83") + 4
+    content[place : place + 3] = ticks.to_bytes(3, "big")
+    place = content.index(b"\x44\x89\x88") + 3
+    content[place : place + 8] = np.array(1e9 * seconds / ticks, ">f8").tobytes()
+    path.write_bytes(content)

@@ -112,6 +112,7 @@ def test_annotation_paths(tmp_path: Path):
         ("a.json", "{", "no valid JSON"),
         ("a.json", '["a.mp4"]', "must be"),
         ("a.json", '{"list": [{"path": "a"}, {"duration": 1}]}', "entry 1 .* no path"),
+        ("a.json", '{"list": [{"path": "\\ud800"}]}', "entry 0 .* no name of a file"),
         ("a.json", '{"list": []}', "no videos"),
         ("a.txt", "\n", "no videos"),
         ("a.txt", None, "cannot be read"),

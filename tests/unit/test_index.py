@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numbered_video import make_video
+from numbered_video import make_video, promise
 
 import taehv.index
 from taehv.errors import UserError
@@ -189,6 +189,19 @@ def test_a_changed_list_makes_another_index(videos: Path):
     assert len(build_file_lists(data)[0]) == 1
     listed.write_text("small.mp4\nmore/wide.mkv\n")
     assert sum(map(len, build_file_lists(data))) == 2
+
+
+def test_a_missing_list_is_told_in_one_line(tmp_path: Path):
+    data = Data(annotations=str(tmp_path / "no.txt"), index=str(tmp_path / "index"))
+    with pytest.raises(UserError, match="annotations = .*no.txt cannot be read"):
+        build_file_lists(data)
+
+
+@pytest.mark.parametrize(("seconds", "frames"), [(9e12, 2**32 - 1), (-9e12, 0)])
+def test_a_header_may_promise_anything(tmp_path: Path, seconds: float, frames: int):
+    promise(make_video(tmp_path / "a.mkv", frames=3), seconds)
+    index = open_index(settings(tmp_path), source(tmp_path))
+    assert (index.table["status"][0], index.table["frames"][0]) == (GOOD, frames)
 
 
 def test_no_usable_file_is_told_in_one_line(tmp_path: Path):

@@ -19,7 +19,14 @@ from taehv.clips import Batch, Clip, Degradation, Work, collate
 from taehv.config import load_config
 from taehv.data import ClipDataset
 from taehv.errors import UserError
-from taehv.files import FileList, Mixture, Source, sources_of
+from taehv.files import (
+    FileList,
+    Mixture,
+    Source,
+    _check_overlap,
+    sources_of,
+    split_all,
+)
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.sampler import BLOCK, Buckets, Shares, Steps
@@ -139,6 +146,22 @@ def test_no_file_is_on_both_sides_of_sources_that_overlap(videos: Path):
     both = settings(videos, sources=nested, holdout=["*0.mp4"])
     train, held = build_file_lists(both)
     assert not {*map(str, train)} & {*map(str, held)}
+
+
+@pytest.mark.parametrize("base", ["/videos/a", "s3://bucket/a"])
+def test_no_file_that_a_list_elsewhere_names_is_on_both_sides(base: str):
+    folder = FileList.from_paths(base, ["0.mp4", "z.mp4"])
+    named = FileList.from_paths("/lists", ["x.mp4", f"{base}/0.mp4"])
+    again = FileList.from_paths("/more", [f"{base}/0.mp4", "z.mp4"])
+    for lists in itertools.permutations([folder, named]):
+        with pytest.raises(UserError, match="data.sources overlap"):
+            split_all(lists, Data(holdout=["0.mp4"]))
+        assert sum(map(len, split_all(lists, Data(holdout=["*0.mp4"])))) == 4
+    first = np.array([True, False])
+    with pytest.raises(UserError, match="data.sources overlap"):
+        _check_overlap([(named.only(first), first[:1]), (again, ~first)])
+    # The same path from another base is another file.
+    _check_overlap([(folder, first), (again.only(~first), first[:1]), (named, first)])
 
 
 def test_holdout_that_empties_a_source_is_refused(videos: Path):

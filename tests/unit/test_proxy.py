@@ -14,7 +14,7 @@ from numbered_video import make_video, numbers_of
 from taehv.errors import UserError
 from taehv.proxy import proxy_command
 from taehv.sections import Config, Data, Proxy
-from taehv.video import probe, read_frames, reencode
+from taehv.video import VideoError, probe, read_frames, reencode
 
 VARIABLE = [i * 40 + i * i % 37 + 500 * (i // 10) for i in range(40)]
 
@@ -53,6 +53,13 @@ def test_copies_stand_upright(tmp_path: Path, rotation: int):
         copied.shape == expected.shape and probe(str(tmp_path / "copy")).rotation == 0
     )
     assert np.abs(copied - expected).mean() < 8
+
+
+def test_times_that_no_copy_can_have_are_told(tmp_path: Path):
+    times = [i * 40 + 2**57 * (i // 10) for i in range(30)]
+    path = make_video(tmp_path / "a.mkv", frames=30, times=times)
+    with pytest.raises(VideoError, match="a.mkv: a time is out of range"):
+        reencode(str(path), str(tmp_path / "copy"), 48, 12, 18)
 
 
 def test_small_videos_keep_their_size(tmp_path: Path):
@@ -96,8 +103,10 @@ def test_copies_of_two_kinds_are_not_mixed(tmp_path: Path):
     make_video(root / "a.mp4", frames=2)
     with pytest.raises(UserError, match="proxy.folder is empty"):
         proxy_command(config(root, folder=""))
-    with pytest.raises(UserError, match="proxy.folder is data.root"):
-        proxy_command(config(root, folder=str(root)))
+    (tmp_path / "link").symlink_to(root)
+    for folder in (root, root / "copies", tmp_path / "link" / "copies"):
+        with pytest.raises(UserError, match="proxy.folder is data.root or inside it"):
+            proxy_command(config(root, folder=str(folder)))
     proxy_command(config(root))
     with pytest.raises(UserError, match="made with .*'height': 32"):
         proxy_command(config(root, height=48))

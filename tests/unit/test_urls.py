@@ -20,6 +20,7 @@ from taehv.loader import ClipLoader
 from taehv.proxy import proxy_command
 from taehv.sampler import Steps
 from taehv.sections import Config, Data, Proxy
+from taehv.urls import UrlError, UrlReader
 from taehv.video import Crop, VideoError, decode_window, probe, read_frames
 
 
@@ -132,6 +133,31 @@ def test_a_failing_connection_costs_the_sample(tmp_path: Path, bucket: str):
     assert bucket + "/a.mp4" in failed
 
 
+@pytest.mark.parametrize(
+    ("call", "arguments"), [("seek", [0]), ("tell", []), ("close", [])]
+)
+def test_every_call_to_a_failing_connection_costs_the_sample(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, call: str, arguments: list[int]
+):
+    def fail(*_: object) -> None:
+        raise LookupError("connection lost")
+
+    def opened(*_: object) -> MemoryFile:
+        file = MemoryFile(MemoryFileSystem(), "/bucket/a.mp4", content)
+        setattr(file, call, fail)
+        return file
+
+    content = fsspec.filesystem("memory").cat_file("/bucket/a.mp4")
+    monkeypatch.setattr(MemoryFileSystem, "open", opened)
+    reader = UrlReader(bucket + "/a.mp4")
+    with pytest.raises(UrlError, match="LookupError: connection lost"):
+        getattr(reader, call)(*arguments)
+    if call == "tell":  # PyAV has no need of it here
+        return
+    with pytest.raises(VideoError, match="a.mp4: LookupError: connection lost"):
+        decode_window(bucket + "/a.mp4", 0.5, 5, 1, [Crop(48, 64)])
+
+
 def test_worker_processes_read_urls(videos: Path):
     data = settings(f"file://{videos}", workers=1)
     batches = []
@@ -166,3 +192,17 @@ def test_copies_are_made_of_urls(tmp_path: Path, bucket: str):
     with pytest.raises(UserError, match="name a folder of this machine"):
         proxy = Proxy(folder="memory://copies")
         proxy_command(Config(data=settings(bucket), proxy=proxy))
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_no_copy_leaves_its_folder(tmp_path: Path, bucket: str, is_listed: bool):
+    memory, data = fsspec.filesystem("memory"), settings(bucket)
+    if is_listed:
+        memory.pipe("/bucket/list.txt", b"../bucket/a.mp4\n")
+        data = settings(bucket, annotations=bucket + "/list.txt")
+    else:
+        memory.store["/bucket/../a.mp4"] = memory.store["/bucket/a.mp4"]
+    proxy = Proxy(folder=str(tmp_path / "deep" / "copies"), height=32)
+    with pytest.raises(UserError, match="a.mp4 does not lie under memory://bucket"):
+        proxy_command(Config(data=data, proxy=proxy))
+    assert not list(tmp_path.iterdir())

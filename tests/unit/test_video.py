@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import wave
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from numbered_video import make_video, number_of, numbers_of
+from numbered_video import make_video, number_of, numbers_of, promise
 
 from taehv.video import (
     Crop,
+    Tally,
     VideoError,
     VideoWriter,
     _Converter,
@@ -136,15 +138,6 @@ def test_windows_of_any_kind_of_file_are_exact(tmp_path: Path, name: str, window
         assert found == list(range(first, first + 11 * stride + 1, stride))
         firsts.add(first)
     assert len(firsts) >= windows * 2 // 5
-
-
-def promise(path: Path, seconds: int) -> None:
-    """Have a Matroska file's header tell of another duration."""
-    content = path.read_bytes()
-    # The Duration element: a float64 in milliseconds.
-    place = content.index(b"\x44\x89\x88") + 3
-    promised = np.array(1000 * seconds, ">f8").tobytes()
-    path.write_bytes(content[:place] + promised + content[place + 8 :])
 
 
 def kind_of_length(kind: dict, frames: int) -> dict:
@@ -318,14 +311,15 @@ def test_files_without_video_are_named(tmp_path: Path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("not a video\n" * 100)
     _make_sound(tmp_path / "sound.wav")
-    for name in ("empty.mp4", "text.mp4", "sound.wav", "missing.mp4"):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for name in ("empty.mp4", "text.mp4", "sound.wav", "missing.mp4", "pipe.mp4"):
         with pytest.raises(VideoError, match=name):
             decode_window(str(tmp_path / name), 0.5, 5, 1, [FULL])
         with pytest.raises(VideoError, match=name):
             list(read_frames(str(tmp_path / name)))
 
 
-def test_damage_gives_exact_frames_or_an_error(tmp_path: Path):
+def test_flagged_damage_gives_exact_frames_or_an_error(tmp_path: Path):
     options = {"bf": "2", "g": "10"}
     path = make_video(tmp_path / "damaged.mp4", frames=60, options=options)
     reference = list(read_frames(str(path)))
@@ -345,10 +339,33 @@ def test_damage_gives_exact_frames_or_an_error(tmp_path: Path):
     assert 0 < failed < 15
 
 
-def test_a_wrong_duration_is_only_a_hint(tmp_path: Path):
+def test_counted_frames_that_are_damaged_are_an_error(tmp_path: Path):
+    options = {"bf": "1", "g": "8"}
+    path = make_video(tmp_path / "damaged.avi", frames=60, options=options)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 400] = b"\xff" * 400
+    path.write_bytes(content)
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "NONE"
+        flags = [frame.is_corrupt for frame in container.decode(video=0)]
+    first, tally = flags.index(True), Tally()
+    with pytest.raises(VideoError, match="a frame of the window is damaged"):
+        decode_window(str(path), (first + 0.5) / 60, 1, 1, [FULL], tally)
+    assert tally.packets == first + 1
+    assert decode_window(str(path), (first - 0.5) / 60, 1, 1, [FULL])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ticks", "told"),
+    [(16, 1_000_000, 16), (9e12, 1, None), (-5, 1_000_000, None)],
+)
+def test_a_wrong_duration_is_only_a_hint(
+    tmp_path: Path, seconds: float, ticks: int, told: float | None
+):
     path = make_video(tmp_path / "long.mkv", options={"g": "10"})
-    promise(path, seconds=16)
-    assert probe(str(path)).duration == 16
+    promise(path, seconds, ticks)
+    assert probe(str(path)).duration == told
     for position in (0.0, 0.3, 1.0):
         (clip,) = decode_window(str(path), position, 9, 2, [FULL])
         first = number_of(clip[0])
