@@ -191,9 +191,9 @@ class DataWait:
         """Where clips come from, and the settings that say so."""
         crops = {"data.crops_per_window": K}
         return {
-            f"1600x900, K = {K}": {"data.root": self.videos, **crops},
-            f"proxy, K = {K}": {"data.root": self.proxy, **crops},
             "latent cache": {"data.cache": self.cache},
+            f"proxy, K = {K}": {"data.root": self.proxy, **crops},
+            f"1600x900, K = {K}": {"data.root": self.videos, **crops},
         }
 
     def row(self, job: Job, source: str, more: dict[str, object]) -> dict[str, object]:
@@ -326,8 +326,9 @@ def measured(wait: DataWait, options: argparse.Namespace, left: object) -> None:
     device = torch.device("cpu" if options.cpu else "cuda")
     report = Report({**about(device, 1), "cores": os.cpu_count()}, options.json)
     report.table("data wait, second half of each run", COLUMNS)
-    for job, (source, more) in itertools.product(
-        wait.sizes.jobs, wait.sources().items()
+    # The slowest source last, for which there may be no time.
+    for (source, more), job in itertools.product(
+        wait.sources().items(), wait.sizes.jobs
     ):
         with within(left(), f"{job.name}, {source}"):
             report.row(**wait.row(job, source, more))
