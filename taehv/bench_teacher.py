@@ -31,6 +31,7 @@ from taehv.bench import (
 from taehv.cache import Cache, CacheDataset
 from taehv.clips import Batch
 from taehv.distributed import World
+from taehv.errors import UserError
 from taehv.loader import ClipLoader
 from taehv.losses import Targets
 from taehv.measure import Cost
@@ -44,6 +45,7 @@ SMALL = {
     "layers_per_block": 1,
     "norm_num_groups": 2,
 }
+ROWS = ("eager", "compiled", "cached")
 WINDOW = 2
 """Windows of the cache are so many times longer, higher and wider than clips."""
 COLUMNS = {
@@ -93,7 +95,13 @@ def bench_teacher(bench: Bench) -> None:
 
     It is saved, and loaded as a user's teacher is. The cache is written by
     taehv.precompute from the videos under --root, or from made-up ones.
+
+    Raises:
+        UserError: it is to be measured in a way that is none.
     """
+    for chosen in bench.options.teacher_rows:
+        if chosen not in ROWS:
+            raise UserError(f"no --teacher-rows {chosen!r}: take {', '.join(ROWS)}")
     size: Size = bench.options.teacher_size
     title = f"with a CogVideoX teacher, {bench.options.clips} clips of {size}"
     bench.report.table(f"{title}, times in ms", COLUMNS)
@@ -106,11 +114,11 @@ def bench_teacher(bench: Bench) -> None:
             **size.settings,
         }
         rows = Rows(bench, bench.config(settings))
-        _live(rows, compiled=False)
-        if bench.device.type == "cuda":
-            _live(rows, compiled=True)
-        if bench.options.cache_windows:
-            _cached(rows, settings, folder)
+        for chosen in bench.options.teacher_rows:
+            if chosen == "cached":
+                _cached(rows, settings, folder)
+            else:
+                _live(rows, compiled=chosen == "compiled")
 
 
 def _save_vae(path: Path, full: bool) -> Path:

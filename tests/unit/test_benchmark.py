@@ -59,7 +59,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
     path = tmp_path_factory.mktemp("benchmark") / "results.json"
     parts = ["--train", "--decode", "--curves", "--teacher"]
     small = ["--sizes", "5x16x16,5x32x32", "--decode-sizes", "5x16x16"]
-    small += ["--curve-steps", 10, "--cache-windows", 0]
+    small += ["--curve-steps", 10, "--teacher-rows", "eager"]
     output = benchmark(*parts, *small, "--json", path)
     return output, json.loads(path.read_text())
 
@@ -200,6 +200,7 @@ def test_a_batch_is_attempted() -> None:
         (["--ways", "fast"], "no way 'fast'"),
         (["--variants", "taehw"], "taehw"),
         (["--memory"], "--memory fills a GPU"),
+        (["--teacher", "--teacher-rows", "live"], "no --teacher-rows 'live'"),
         (["--curves", "--ways", "published"], "--curves needs ways other than"),
         (["--curves", "--ways", "plain+seraena"], "--curves needs ways other than"),
         (["--calls", "many"], "--calls: invalid int value: 'many'"),
