@@ -88,11 +88,21 @@ def load_state_dict_file(
 def _read_pickle(path: Path) -> tuple[object, dict[str, str]]:
     # Only torch's zip format can be mapped; older files are read whole.
     mmap = zipfile.is_zipfile(path)
+    if mmap:
+        _check_stored(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     attached = getattr(loaded, "_metadata", None)
     metadata = attached.get(METADATA_KEY) if isinstance(attached, dict) else None
     pairs = metadata.items() if isinstance(metadata, dict) else ()
     return loaded, {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
+
+
+def _check_stored(path: Path) -> None:
+    """Refuse what torch never writes: packed, a small file could fill any memory."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{entry.filename} is compressed")
 
 
 def _read_safetensors(path: Path) -> tuple[object, dict[str, str]]:

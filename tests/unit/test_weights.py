@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import random
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -230,6 +231,20 @@ def test_files_that_hold_something_else(
     path = tmp_path / "other.pth"
     torch.save(content, path)
     assert match in error_of(path)
+
+
+def test_compressed_entries_are_refused(
+    weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    torch.save(weights, tmp_path / "stored.pth")
+    path = tmp_path / "packed.pth"
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as stored,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    assert "not a whole, safe weight file (BadZipFile)" in error_of(path)
 
 
 def test_safetensors_with_nan(tmp_path: Path) -> None:
