@@ -46,7 +46,7 @@ class Teacher:
     id; handed as it is to a class of your own."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of a built-in teacher. auto: bf16 on GPUs, else fp32; minimax_h3
-    is always fp32, as its encoder has to be."""
+    is always fp32, as its encoder has to be. fp32 is computed without TF32."""
     latents: Literal["sample", "mode"] = "sample"
     """What a built-in teacher gives of the distribution that it codes a clip into: a
     random draw, which published weights learned from, or the mean."""

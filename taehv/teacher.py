@@ -6,7 +6,8 @@ import functools
 import hashlib
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -176,7 +177,8 @@ class DiffusersTeacher:
         """
         pixels_NTCHW = frames_NTCHW.float().sub(self.pixel_mean_C11)
         pixels_NTCHW = pixels_NTCHW.div_(self.pixel_std_C11).to(self.dtype)
-        coded = self.vae.encode(pixels_NTCHW.transpose(1, 2)).latent_dist
+        with _exact_float32():
+            coded = self.vae.encode(pixels_NTCHW.transpose(1, 2)).latent_dist
         latents_NCTHW = coded.mean.float()
         if self.samples:
             shape = latents_NCTHW.shape[1:]
@@ -196,9 +198,21 @@ class DiffusersTeacher:
         """Normalised latents to frames_NTCHW in float32, RGB in [0, 1]."""
         latents_NCTHW = latents_NTCHW.float().transpose(1, 2)
         raw_NCTHW = latents_NCTHW * self.std_C111 + self.mean_C111
-        pixels_NCTHW = self.vae.decode(raw_NCTHW.to(self.dtype)).sample
+        with _exact_float32():
+            pixels_NCTHW = self.vae.decode(raw_NCTHW.to(self.dtype)).sample
         pixels_NTCHW = pixels_NCTHW.transpose(1, 2).float()
         return (pixels_NTCHW * self.pixel_std_C11 + self.pixel_mean_C11).clamp(0, 1)
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Convolve without TF32, in trainings of any precision and for a cache alike."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _tiles_in_time(vae: nn.Module) -> bool:

@@ -369,6 +369,21 @@ def test_one_clip_at_a_time_and_tiles(folder_of: Callable[[str], Path]) -> None:
     assert not load(h3, "minimax_h3", tiling=False).vae.use_tiling
 
 
+@pytest.mark.parametrize("ambient", [True, False])
+def test_float32_is_that_of_a_cache_in_any_training(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, ambient: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", ambient)
+    teacher, seen = load(folder_of("wan2_1"), "wan"), []
+    for part in (teacher.vae.encoder, teacher.vae.decoder):
+        part.register_forward_pre_hook(
+            lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
+        )
+    teacher.decode(teacher.encode(clips("wan2_1", 1, 5), [0]))
+    assert seen and not any(seen)
+    assert torch.backends.cudnn.allow_tf32 == ambient
+
+
 def test_half_precision_and_frozen_weights(
     folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
