@@ -18,6 +18,7 @@ import logging
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,6 +66,12 @@ WINDOW = np.dtype(
     ]
 )
 """A window in memory; `jpegs` is the place of its first frame's end, or -1 if raw."""
+
+
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, RecursionError)
+"""What reading a JSON file raises that is damaged or says something else."""
+NAMED = 5
+"""So many bad shards are named."""
 
 
 class ShardError(Exception):
@@ -342,12 +349,13 @@ def read_about(folder: Path) -> dict[str, Any] | None:
         about = json.loads(path.read_text(encoding="utf-8"))
         counts = [about["shards"][part] for part in PARTS]
         known = about["format"] == FORMAT_VERSION
+        known &= isinstance(about["teacher"], dict)
         known &= about["latents"].keys() == _latent_rules(VARIANTS["taehv"]).keys()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (*UNREADABLE, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): write it anew") from None
-    if not known or not all(type(count) is int for count in counts):
+    if not known or not all(type(count) is int and count >= 0 for count in counts):
         raise UserError(
             f"{path} is not of format {FORMAT_VERSION}: write the cache anew"
         )
@@ -370,7 +378,7 @@ def read_shard(folder: str | Path, part: Part, number: int) -> dict[str, Any]:
                 raise ShardError(f"{suffix} has {found} of {said['bytes']} bytes")
     except FileNotFoundError:
         raise ShardError("missing") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except UNREADABLE as error:
         raise ShardError(f"its list cannot be read: {error}") from None
     return shard
 
@@ -391,28 +399,54 @@ def _sound_shards(
 ) -> dict[Part, list[_Shard]]:
     """Each part's shards, without those that are missing or damaged."""
     verified = _read_verified(folder)
-    places = [(part, number) for part in PARTS for number in range(counts[part])]
+    # Not by counting up to what cache.json says, which may be any number.
+    places = [
+        (part, number)
+        for part in PARTS
+        for number in _numbers_there(folder, part)
+        if number < counts[part]
+    ]
     # Hashing leaves Python's lock to other threads.
     with ThreadPoolExecutor(worker_count(-1)) as pool:
         opened = functools.partial(_opened_shard, folder, rules, verified)
-        results = list(zip(places, pool.map(opened, places), strict=True))
-    damaged = [
-        f"{part}/shard-{number:06} ({result})"
-        for (part, number), result in results
-        if isinstance(result, ShardError)
-    ]
-    if damaged:
+        results = dict(zip(places, pool.map(opened, places), strict=True))
+    sound = [(place, r) for place, r in results.items() if isinstance(r, _Shard)]
+    if left_out := sum(counts.values()) - len(sound):
         log.warning(
-            f"left out {len(damaged)} of {len(places)} shards of {folder}: "
-            f"{', '.join(damaged)}; delete what is left of them and run "
-            "python -m taehv.precompute again"
+            f"left out {left_out} of {sum(counts.values())} shards of {folder}: "
+            f"{_told_bad(counts, results, left_out)}; delete what is left of them and "
+            "run python -m taehv.precompute again"
         )
-    sound = [(place, r) for place, r in results if isinstance(r, _Shard)]
     states = {key: state for _, shard in sound for key, state in shard.states.items()}
     note_verified(folder, {k: v for k, v in states.items() if verified.get(k) != v})
     return {
         part: [shard for place, shard in sound if place[0] == part] for part in PARTS
     }
+
+
+def _numbers_there(folder: Path, part: Part) -> list[int]:
+    """Of the shards whose JSON file exists."""
+    found = (folder / part).glob("shard-*.json")
+    digits = (path.stem.removeprefix("shard-") for path in found)
+    named = [text for text in digits if re.fullmatch(r"\d{6}|[1-9]\d{6,17}", text)]
+    return sorted(map(int, named))
+
+
+def _told_bad(
+    counts: dict[Part, int],
+    results: dict[tuple[Part, int], _Shard | ShardError],
+    left_out: int,
+) -> str:
+    """The first shards that are missing or damaged, and how many more there are."""
+    missing = ShardError("missing")
+    bad = (
+        f"{part}/shard-{number:06} ({result})"
+        for part in PARTS
+        for number in range(counts[part])
+        if isinstance(result := results.get((part, number), missing), ShardError)
+    )
+    named = ", ".join(itertools.islice(bad, NAMED))
+    return named + f" and {left_out - NAMED} more" * (left_out > NAMED)
 
 
 def _opened_shard(
@@ -432,7 +466,7 @@ def _opened_shard(
         return _parsed(place[1], shard, rules, states)
     except ShardError as error:
         return error
-    except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
+    except (*UNREADABLE, AttributeError, OverflowError) as error:
         return ShardError(f"its list makes no sense: {error!r}")
 
 
@@ -467,7 +501,8 @@ def _row(
     if not all(type(n) is int and n >= 0 for n in (*sizes, *places)) or 0 in sizes:
         raise ShardError("its list has numbers that make no sense")
     frames, height, width = shape
-    if len(jpegs) not in (0, frames) or type(window["source"]) is not str:
+    window["source"].encode()  # which half a surrogate pair has no bytes for
+    if len(jpegs) not in (0, frames):
         raise ShardError(f"its list has {len(jpegs)} JPEG files for {frames} frames")
     frames_end = offsets[0] + (sum(jpegs) or math.prod(shape) * 3)
     latents_end = offsets[1] + math.prod(latents) * 2
@@ -508,7 +543,7 @@ def _sha256(path: Path) -> str:
 def _read_verified(folder: Path) -> dict[str, Any]:
     try:
         noted = json.loads((folder / "verified.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except UNREADABLE:
         return {}
     return noted if isinstance(noted, dict) else {}
 

@@ -316,7 +316,8 @@ class Trainer:
             self.config.teacher, self.world.device, self.compiled
         )
         if self.teacher is not None and self.cache is not None:
-            if self.teacher.fingerprint != self.cache.about["teacher"]["fingerprint"]:
+            written_with = self.cache.about["teacher"].get("fingerprint")
+            if self.teacher.fingerprint != written_with:
                 raise UserError(
                     f"data.cache = {self.config.data.cache} was written with another "
                     "teacher, or other settings of it: take those, leave teacher.kind "

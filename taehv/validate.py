@@ -161,7 +161,8 @@ class _Judge:
         for i, number in enumerate(batch.numbers):
             values = self._measured(frames_NTCHW[i], decoded, i)
             values["mean_square"] = float(latents_NTCHW[i].double().square().mean())
-            if teacher_psnr_N is not None:
+            # NaN from a cache that does not tell.
+            if teacher_psnr_N is not None and not teacher_psnr_N[i].isnan():
                 values["teacher_psnr"] = float(teacher_psnr_N[i])
             self.clips[number] = values
         others = [decoded[DECODER]] if DECODER in decoded else []
@@ -234,9 +235,11 @@ def tell(result: ValidationResult, run_log: RunLog, step: int, folder: Path) -> 
         f"{result.clips} held-out clips ({clock(result.seconds)})"
     )
     if result.latents is not None:
+        own = values.get("teacher_psnr")
         log.info(
-            f"its PSNR from the teacher's latents {values['decoder_psnr']:.2f} dB, "
-            f"the teacher's own {values['teacher_psnr']:.2f} dB; {result.latents}"
+            f"its PSNR from the teacher's latents {values['decoder_psnr']:.2f} dB"
+            + ("" if own is None else f", the teacher's own {own:.2f} dB")
+            + f"; {result.latents}"
         )
         warn_of_scale(result.latents)
     run_log.validation(step, values, result.intervals())

@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from numbered_video import make_video, numbers_of
 
 import taehv.cache
 import taehv.precompute
-from taehv import VARIANTS
+from taehv import TAEHV, VARIANTS
 from taehv.augment import to_frames
 from taehv.cache import (
     Cache,
@@ -42,13 +43,15 @@ from taehv.cache import (
 from taehv.clips import Batch, Clip, collate
 from taehv.config import read_config
 from taehv.data import ClipDataset, ValidationDataset
+from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.precompute import precompute
 from taehv.sampler import Steps
-from taehv.sections import Data, Teacher
+from taehv.sections import Data, Parallelism, Teacher
 from taehv.teacher import load_teacher
+from taehv.validate import tell, validate
 
 CPU = torch.device("cpu")
 ROOT = Path(taehv.cache.__file__).parent.parent
@@ -446,6 +449,7 @@ def test_damage_changes_the_fingerprint(cache: Path, copied: Path) -> None:
         ("number", "5"),
         ("source", 5),
         ("source", ["a.mp4"]),
+        ("source", "\ud800.mp4"),
         ("frames_THW", [17, 48]),
         ("frames_THW", [17, 48, 64.0]),
         ("frames_THW", [16, 48, 64]),
@@ -476,7 +480,7 @@ def test_lists_that_make_no_sense_are_left_out(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", "\xff", '{"files": 3, "windows": []}']
+    "text", ["", "[]", "{}", "\xff", '{"files": 3, "windows": []}', "[" * 10**5]
 )
 def test_lists_that_cannot_be_read_are_left_out(copied: Path, text: str) -> None:
     (copied / "train/shard-000001.json").write_text(text, encoding="latin-1")
@@ -489,7 +493,13 @@ def test_lists_that_cannot_be_read_are_left_out(copied: Path, text: str) -> None
         (None, "holds no cache: write one with python -m taehv.precompute"),
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"format": 2, "shards": {"train": 1, "validation": 0}, "latents": {}}', "1"),
+        ("[" * 10**5, "cannot be read"),
+        ('{"format": 1, "shards": {"train": 1, "validation": 0}}', "cannot be read"),
+        (
+            '{"format": 2, "shards": {"train": 1, "validation": 0}, "latents": {}, '
+            '"teacher": {}}',
+            "not of format 1",
+        ),
     ],
 )
 def test_no_cache_and_other_versions(
@@ -500,6 +510,26 @@ def test_no_cache_and_other_versions(
     with pytest.raises(UserError, match=told) as raised:
         Cache.open(tmp_path, "taehv")
     assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
+
+
+def test_counts_of_shards_take_no_memory(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    about = json.loads((copied / "cache.json").read_text())
+    about["shards"]["train"] = 10**15
+    flip_byte(copied / "train/shard-000001.latents", 77)
+    (copied / "verified.json").write_text("[" * 10**5)
+    write_about(copied, about)
+    assert len(Cache.open(copied, "taehv").train) == 8
+    (record,) = caplog.records
+    assert f"left out {10**15 - 2} of {10**15 + 1} shards" in record.message
+    assert "train/shard-000001 (latents are damaged), " in record.message
+    assert "shard-000003 (missing)" in record.message and len(record.message) < 500
+    assert f"shard-000006 (missing) and {10**15 - 7} more; " in record.message
+    about["shards"]["train"] = -1
+    write_about(copied, about)
+    with pytest.raises(UserError, match="is not of format 1"):
+        Cache.open(copied, "taehv")
 
 
 def test_what_is_verified_is_not_read_again(
@@ -754,6 +784,27 @@ def test_the_example_writes_a_cache(tmp_path: Path) -> None:
     data = Data(frames=13, height=64, width=64)
     clip = CacheDataset(data, windows, 0)[0]
     assert clip.latents_TCHW.shape == (4, 16, 8, 8)
+
+
+def test_a_validation_tells_no_psnr_that_the_cache_lacks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_about(
+        tmp_path, describe(VARIANTS["taehv"], {}, {"train": 1, "validation": 1}, {})
+    )
+    frames = np.arange(5 * 16 * 16 * 3, dtype=np.uint8).reshape(5, 16, 16, 3)
+    for part in ("train", "validation"):
+        with ShardWriter(tmp_path, part, 0) as shard:
+            shard.add(Window(0, "a.mp4", 0, frames, np.ones((2, 16, 2, 2))))
+    batches = cached_batches(Cache.open(tmp_path, "taehv").validation, [0], 1)
+    with started(Parallelism(), "cpu"):
+        stop = SimpleNamespace(received=0)
+        result = validate(TAEHV("taehv"), None, batches, CPU, stop, True, pictures=0)
+    assert "teacher_psnr" not in result.means and "decoder_psnr" in result.means
+    records = SimpleNamespace(validation=lambda *told: None)
+    with caplog.at_level("INFO"):
+        tell(result, records, 0, tmp_path)
+    assert "the teacher's latents" in caplog.text and "nan" not in caplog.text
 
 
 # --- kills ---------------------------------------------------------------------------
