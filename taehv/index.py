@@ -36,6 +36,7 @@ from taehv.pools import CRASHES, alone, cores, shared
 from taehv.sections import Config, Data
 from taehv.urls import is_url, stamp
 from taehv.video import VideoError, is_image, probe
+from taehv.writing import write_text
 
 log = logging.getLogger("taehv")
 
@@ -68,6 +69,11 @@ CHUNK = 64
 SERIAL = 128
 """Up to so many files are probed in this process: a pool would start too slowly."""
 REASONS = 1000
+"""So many are told apart, the last of which stands for all others."""
+OTHER = "another reason"
+KEPT = 4
+"""Generations of arrays that stay: runs open those that they began with by name, each
+time that they start workers anew."""
 NAMED = 20
 
 
@@ -266,9 +272,11 @@ def _start(unfinished: Path, files: FileList, known: list[Index]) -> list[str]:
         place = order[place.clip(max=len(old) - 1)]
         is_known = old["hash"][place] == table["hash"]
         is_known &= old["status"][place] != UNKNOWN
-        old["reason"] += len(reasons)
-        table[is_known] = old[place[is_known]]
+        rows = old[place[is_known]]
+        rows["reason"] += len(reasons)
+        table[is_known] = rows
         reasons += index.reasons
+    reasons = _only_used(table, reasons)
     fresh = unfinished.with_name(f"unfinished-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -278,6 +286,17 @@ def _start(unfinished: Path, files: FileList, known: list[Index]) -> list[str]:
     shutil.rmtree(unfinished, ignore_errors=True)
     fresh.rename(unfinished)
     return reasons
+
+
+def _only_used(table: np.ndarray, reasons: list[str]) -> list[str]:
+    """The reasons of rows, which get their new numbers."""
+    is_bad = table["status"] == BAD
+    used, places = np.unique(table["reason"][is_bad], return_inverse=True)
+    kept: list[str] = []
+    numbers = [_number_of(reasons[old], kept) for old in used]
+    table["reason"] = 0
+    table["reason"][is_bad] = np.array(numbers, "<u2")[places]
+    return kept
 
 
 def _probe_all(index: Index, place: Path, workers: int) -> None:
@@ -314,17 +333,19 @@ def _probe_alone(index: Index, place: Path, start: int) -> list[tuple[np.void, s
 
 
 def _note(index: Index, place: Path, i: int, row: np.void, reason: str) -> None:
-    index.table[i] = row
+    known, number = len(index.reasons), 0
     if row["status"] == BAD:
-        index.table["reason"][i] = _number_of(reason, index.reasons, place)
+        number = _number_of(reason, index.reasons)
+        if len(index.reasons) > known:  # written down before a row refers to it
+            write_text(place / "reasons.json", json.dumps(index.reasons))
+    index.table[i] = row
+    index.table["reason"][i] = number
 
 
-def _number_of(reason: str, reasons: list[str], place: Path) -> int:
-    """Which reason it is; a new one is written down before a row refers to it."""
+def _number_of(reason: str, reasons: list[str]) -> int:
+    """Which reason it is; a new one is appended, or OTHER in the last place."""
     if reason not in reasons and len(reasons) < REASONS:
-        reasons.append(reason)
-        (place / "reasons.part").write_text(json.dumps(reasons))
-        os.replace(place / "reasons.part", place / "reasons.json")
+        reasons.append(reason if len(reasons) < REASONS - 1 else OTHER)
     return reasons.index(reason) if reason in reasons else REASONS - 1
 
 
@@ -345,7 +366,7 @@ def _probe_file(index: Index, i: int) -> tuple[np.void, str]:
         size, modified = _stamp(path)
     except OSError as error:
         row["status"], row["size"] = BAD, 0
-        return row, error.strerror or "cannot be read"
+        return row, _without_name(error.strerror or "cannot be read", path)
     same = row["size"] == size and row["modified"] == modified
     if row["status"] != UNKNOWN and same:
         return row, index.reason(i) if row["status"] == BAD else ""
@@ -368,7 +389,7 @@ def _describe(path: str, row: np.void) -> str:
     try:
         info = probe(path)
     except VideoError as error:
-        return str(error).removeprefix(path).lstrip(": ")
+        return _without_name(str(error).removeprefix(path).lstrip(": "), path)
     rate = float(info.rate or 0)
     duration = info.duration or 0
     row["duration"] = -1 if is_image(path) else duration
@@ -380,15 +401,22 @@ def _describe(path: str, row: np.void) -> str:
     return ""
 
 
+def _without_name(reason: str, path: str) -> str:
+    """A reason that is the same for other files, by URL or by path."""
+    for name in (path, path.partition("://")[2]) if is_url(path) else ():
+        reason = reason.replace(name, "...")
+    return reason
+
+
 def _finish(folder: Path, index: Index, identity: dict[str, Any]) -> Index:
-    """Put the new arrays in place; runs that have the last ones open may go on."""
+    """Put the new arrays in place; runs that have the last ones open go on."""
     numbers = [int(path.name.split("-")[1]) for path in folder.glob("arrays-*")]
     name = f"arrays-{max(numbers, default=0) + 1}"
     (folder / "unfinished").rename(folder / name)
     about = identity | {"base": index.files.base, "reasons": index.reasons}
     (folder / "about.part").write_text(json.dumps(about | {"arrays": name}, indent=1))
     os.replace(folder / "about.part", folder / "about.json")
-    for number in sorted(numbers)[:-1]:
+    for number in sorted(numbers)[: 1 - KEPT]:
         shutil.rmtree(folder / f"arrays-{number}", ignore_errors=True)
     made = _mapped(folder / name, index.files.base, index.reasons)
     lines = [f"{made.files[i]}: {made.reason(i)}\n" for i in made.bad]

@@ -20,6 +20,7 @@ from taehv.files import FileList, Source
 from taehv.index import (
     BAD,
     GOOD,
+    KEPT,
     ROW,
     build_file_lists,
     list_files,
@@ -27,6 +28,7 @@ from taehv.index import (
     update_index,
 )
 from taehv.sections import Data
+from taehv.video import VideoError
 
 ROOT = Path(taehv.index.__file__).parent.parent
 
@@ -189,6 +191,39 @@ def test_a_changed_list_makes_another_index(videos: Path):
     assert len(build_file_lists(data)[0]) == 1
     listed.write_text("small.mp4\nmore/wide.mkv\n")
     assert sum(map(len, build_file_lists(data))) == 2
+
+
+def test_runs_go_on_while_the_index_is_renewed(videos: Path):
+    data = settings(videos)
+    files = open_index(data, source(videos)).select(data)
+    for _ in range(KEPT):
+        assert names(pickle.loads(pickle.dumps(files))) == names(files)
+        update_index(data, source(videos))
+    assert len(list((videos.parent / "index").rglob("arrays-*"))) == KEPT
+
+
+def test_only_reasons_in_use_are_kept_and_the_last_is_of_all_others(
+    tmp_path: Path, monkeypatch
+):
+    def probe(path: str) -> None:
+        raise VideoError(f"{path}: kind {Path(path).stem}")
+
+    def reasons(add: str, remove: str) -> list[str]:
+        for name in add:
+            (tmp_path / "videos" / f"{name}.mp4").write_text("no video")
+        for name in remove:
+            (tmp_path / "videos" / f"{name}.mp4").unlink()
+        index = update_index(settings(tmp_path / "videos"), source(tmp_path / "videos"))
+        assert len(index.bad) == len(index.files)
+        return [index.reason(i) for i in index.bad]
+
+    (tmp_path / "videos").mkdir()
+    monkeypatch.setattr(taehv.index, "probe", probe)
+    monkeypatch.setattr(taehv.index, "REASONS", 3)
+    other = "another reason"
+    assert reasons("abcd", "") == ["kind a", "kind b", other, other]
+    assert reasons("e", "a") == ["kind b", other, other, other]
+    assert reasons("af", "b") == ["kind a", other, other, other, other]
 
 
 def test_a_missing_list_is_told_in_one_line(tmp_path: Path):

@@ -180,6 +180,9 @@ def test_an_index_knows_urls(tmp_path: Path, bucket: str):
     memory = fsspec.filesystem("memory")
     memory.cp("/bucket/a.mp4", "/bucket/more/bad.mp4")
     assert len(update_index(data, Source.of(bucket, "")).bad) == 0
+    memory.pipe("/bucket/gone.txt", b"gone.mp4\nlost.mp4\n")
+    index = update_index(data, Source.of("", bucket + "/gone.txt"))
+    assert len(index.bad) == 2 and index.reasons == ["FileNotFoundError: /..."]
 
 
 def test_copies_are_made_of_urls(tmp_path: Path, bucket: str):
