@@ -90,8 +90,7 @@ def _degraded(
         return frames_NTHWC
     device = frames_NTHWC.device
     generator = torch.Generator(device)
-    frames_NTHWC = frames_NTHWC.clone()
-    for i in noisy:
+    for i in noisy:  # in place: the frames are no longer those of the batch
         generator.manual_seed(degradations[i].seed)
         shape = frames_NTHWC.shape[1:]
         noise_THWC = torch.randn(shape, generator=generator, device=device)

@@ -8,6 +8,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from taehv.errors import UserError
 from taehv.files import FileList, Source
 from taehv.measure import Report
 from taehv.sections import Data
-from taehv.video import probe
+from taehv.video import VideoError, probe, read_frames
 
 COLUMNS = {"video": 24, "way": 20, "clips/core-s": 12, "clips": 5}
 FRAMES, SIDE, STRIDES, SCALES = 12, 128, (1, 3), (0.5, 1.0)
@@ -126,9 +127,22 @@ def write_copy(
 
 
 def _footage(files: FileList) -> Iterator[av.VideoFrame]:
-    for i in itertools.cycle(range(len(files))):
-        with av.open(files[i]) as container:
-            yield from container.decode(video=0)
+    """Frames of the videos in turn, without end; of a bad one those before the damage.
+
+    Raises UserError when none gives any.
+    """
+    while True:
+        count = 0
+        for i in range(len(files)):
+            with suppress(VideoError):
+                for frame_HWC in read_frames(files[i]):
+                    count += 1
+                    yield av.VideoFrame.from_ndarray(frame_HWC)
+        if not count:
+            raise UserError(
+                f"--root {files.base} has no video that can be decoded: name another "
+                "folder"
+            )
 
 
 def _others(report: Report) -> list[str]:

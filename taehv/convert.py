@@ -52,7 +52,7 @@ def convert(
             f"{target}: name a .pth or .safetensors file, or for a checkpoint's folder "
             "a name without suffix"
         )
-    if target.exists():
+    if target.exists() and source.exists():
         raise UserError(f"{target} is there already: name another, or delete it")
     model, about = load_model(source, variant, weights)
     about = {**about, "variant": model.variant_name}

@@ -219,8 +219,11 @@ def validation_batches(
     threads = max(1, min(worker_count(data.workers), len(clips)))
     with ThreadPoolExecutor(threads) as pool:
         decoded = pool.map(dataset.__getitem__, clips)
-        while samples := list(itertools.islice(decoded, batch_size)):
-            yield collate(samples)
+        try:
+            while samples := list(itertools.islice(decoded, batch_size)):
+                yield collate(samples)
+        finally:  # of a reader that stops early, too
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def main() -> None:

@@ -17,11 +17,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from taehv.errors import UserError
-from taehv.video import TimedFrame, VideoError
+from taehv.video import IMAGE_SUFFIXES, TimedFrame, VideoError
 from taehv.weights import LOAD_ERRORS, PICKLE_SUFFIXES, is_dense_float
 from taehv.writing import WholeWriter
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LATENT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors")
 Layout = Literal["auto", "NTCHW", "NCTHW"]
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -21,11 +21,14 @@ from taehv.pools import CRASHES, shared
 from taehv.sections import Config, Proxy
 from taehv.urls import is_url
 from taehv.video import VideoError, is_image, reencode
+from taehv.writing import write_text
 
 log = logging.getLogger("taehv")
 
 ABOUT = "proxy.json"
 BAD_FILES = "bad_files.txt"
+IN_THE_WAY = (FileExistsError, NotADirectoryError, IsADirectoryError)
+"""A file where a folder must be, or the other way: copies of what is no more."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Copier:
             reencode(
                 path, target, settings.height, settings.keyframe_interval, settings.crf
             )
-        except (VideoError, FileNotFoundError) as error:
+        except (VideoError, FileNotFoundError, *IN_THE_WAY) as error:
             return str(error)
         return ""
 
@@ -61,7 +64,7 @@ class Copier:
 def _is_newer(target: str, path: str) -> bool:
     if is_url(path):  # which may not tell when it was written
         return os.path.exists(target)
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         return os.stat(target).st_mtime_ns >= os.stat(path).st_mtime_ns
     return False
 
@@ -137,7 +140,8 @@ def _check_folder(folder: Path, settings: Proxy) -> None:
             )
     elif any(folder.iterdir()):
         raise UserError(f"{folder} holds other files: name an empty proxy.folder")
-    (folder / ABOUT).write_text(json.dumps(about))
+    else:
+        write_text(folder / ABOUT, json.dumps(about))
 
 
 def _copied(copier: Copier, workers: int) -> Iterator[tuple[int, str]]:

@@ -207,8 +207,7 @@ class TimedFrames:
         self.path = path
         self._threads = threads
         with _opened(path) as (container, stream):
-            rate = stream.average_rate or stream.guessed_rate
-            self.rate = Fraction(rate or DEFAULT_RATE)
+            self.rate = _rate(stream)
             self.frames = stream.frames
             """By the header: a hint; 0 where it does not tell."""
             self._counts = _untimed(container, stream)
@@ -554,7 +553,8 @@ def _blaming_the_disk(target: str) -> Iterator[None]:
 
 
 def _rate(stream: VideoStream) -> Fraction:
-    return stream.average_rate or stream.guessed_rate or Fraction(25)
+    """Frames per second, by the header if it tells."""
+    return Fraction(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
 
 
 def _timed_frames(

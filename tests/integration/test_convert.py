@@ -78,7 +78,7 @@ def test_mistakes_are_one_line(run: Run, tmp_path: Path) -> None:
     for told, arguments in {
         "is there already": (run.folder, tmp_path / "there.pth"),
         "no complete checkpoint": (tmp_path, tmp_path / "x.pth"),
-        "no such file": (tmp_path / "none.pth", tmp_path / "x.pth"),
+        "no such file": (tmp_path / "none.pth", tmp_path / "there.pth"),
         "not a whole, safe weight file": (tmp_path / "cut.pth", tmp_path / "x.pth"),
         "are not of variant": (weights, tmp_path / "x.pth", "--variant", "taeltx_2"),
         "without suffix": (weights, tmp_path / "x.onnx"),

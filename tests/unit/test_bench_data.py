@@ -21,6 +21,7 @@ def test_every_way_decodes_the_same_copies(
 ):
     (tmp_path / "videos").mkdir()
     make_video(tmp_path / "videos" / "short.mp4", size=(96, 128))
+    (tmp_path / "videos" / "bad.mp4").write_text("no video")
     monkeypatch.setattr(taehv.bench_data, "KINDS", ((180, 320, 50),))
     monkeypatch.setattr(taehv.bench_data, "COPIED_FRAMES", 100)
     copies = []
@@ -58,6 +59,10 @@ def test_a_decoder_that_does_not_load_is_left_out(
     assert "no broken (no FFmpeg), sound " in capsys.readouterr().out
 
 
-def test_videos_are_asked_for():
+def test_videos_are_asked_for(tmp_path: Path):
     with pytest.raises(UserError, match="--root"):
         bench_data(SimpleNamespace(options=SimpleNamespace(root=None)))
+    (tmp_path / "bad.mp4").write_text("no video")
+    options = SimpleNamespace(root=str(tmp_path), seconds=0)
+    with pytest.raises(UserError, match="no video that can be decoded"):
+        bench_data(SimpleNamespace(options=options, report=Report({}, None)))

@@ -537,6 +537,23 @@ def test_validation_drops_bad_files(videos: Path, workers: int):
     ]
 
 
+def test_validation_that_is_left_early_decodes_no_more(
+    videos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def decode(_: ValidationDataset, number: int) -> Failure:
+        decoded.append(number)
+        time.sleep(0.02)
+        return Failure("a.mp4", "slow", number)
+
+    decoded: list[int] = []
+    monkeypatch.setattr(ValidationDataset, "__getitem__", decode)
+    data = settings(videos)
+    batches = validation_batches(data, FileList.from_config(data), range(99), 99, 1)
+    next(batches)
+    batches.close()
+    assert len(decoded) < 50
+
+
 def test_batch_of_failures_is_empty():
     batch = collate([Failure("a.mp4", "a.mp4: broken", 3)])
     assert len(batch.frames_NTHWC) == len(batch.color_N34) == 0

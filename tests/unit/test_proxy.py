@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +91,25 @@ def test_a_data_set_is_copied_once(tmp_path: Path, capsys, workers: int):
     assert found == ["a.mp4", "sub/b.mkv"]
     bad = (copies / "bad_files.txt").read_text()
     assert str(root / "bad.mp4") in bad and str(root / "cut.mp4") in bad
-    before = os.stat(copies / "a.mp4").st_mtime_ns
+    kept = [copies / "a.mp4", copies / "proxy.json"]
+    before = [path.stat().st_mtime_ns for path in kept]
     os.remove(copies / "sub" / "b.mkv")
     proxy_command(config(root))
-    assert os.stat(copies / "a.mp4").st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in kept] == before
     assert probe(str(copies / "sub" / "b.mkv")).height == 32
+
+
+def test_what_is_in_the_way_of_a_copy_is_told(tmp_path: Path, capsys):
+    root = tmp_path / "videos"
+    (root / "sub").mkdir(parents=True)
+    make_video(root / "sub" / "b.mp4", frames=2)
+    (root / "bad.mp4").write_text("no video")
+    proxy_command(config(root))
+    shutil.rmtree(tmp_path / "copies" / "sub")
+    (tmp_path / "copies" / "sub").write_text("a file")
+    proxy_command(config(root))
+    assert "0 copies" in capsys.readouterr().out.splitlines()[-1]
+    assert "sub" in (tmp_path / "copies" / "bad_files.txt").read_text()
 
 
 def test_copies_of_two_kinds_are_not_mixed(tmp_path: Path):
