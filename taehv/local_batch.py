@@ -120,8 +120,15 @@ class LocalBatch:
     def _write(self, clips: int) -> None:
         # Several processes may run out at once.
         partial = self.path.with_name(f"{self.path.name}.{dist.get_rank()}")
-        partial.write_text(json.dumps({"clips": clips, "kind": self.kind}))
-        partial.replace(self.path)
+        try:
+            partial.write_text(json.dumps({"clips": clips, "kind": self.kind}))
+            partial.replace(self.path)
+        except OSError as error:
+            log.warning(
+                f"{self.path} cannot be written ({error.strerror}): the next start "
+                f"will not know that {clips} clips at a time fit: make room, or set "
+                f"training.local_batch_size to {clips}"
+            )
 
 
 def _sizes(training: Training, data: Data, processes: int) -> list[int]:

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,10 @@ class RunLog:
         self._metrics = GrowingFile(folder / "metrics.jsonl")
         self._validation = GrowingFile(folder / "validation.jsonl")
         self.board = Board(folder / "tensorboard", step + 1)
-        self._redirect = logging_redirect_tqdm([log])
-        self._redirect.__enter__()
+        self._open = ExitStack()
+        for part in (self._validation, self._metrics, self.board):
+            self._open.callback(part.close)
+        self._open.enter_context(logging_redirect_tqdm([log]))
         self._bar = tqdm(
             initial=step,
             total=steps,
@@ -77,6 +80,7 @@ class RunLog:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
+        self._open.callback(self._bar.close)
 
     def step(self, record: dict[str, Any], speed: dict[str, float]) -> None:
         """Note one finished step.
@@ -130,12 +134,8 @@ class RunLog:
             self.board.scalar(f"validation/{name}", value, step)
 
     def close(self) -> None:
-        """Write out what is not written yet."""
-        self._bar.close()
-        self._redirect.__exit__(None, None, None)
-        self.board.close()
-        self._metrics.close()
-        self._validation.close()
+        """Write out what is not written yet; a second call does nothing."""
+        self._open.close()
 
 
 def clock(seconds: float) -> str:

@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from shlex import quote
@@ -45,6 +46,7 @@ from taehv.exports import Exports
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.local_batch import LocalBatch, check_probe
+from taehv.lock import alone
 from taehv.logging import RunLog, log, set_up_console
 from taehv.losses import Targets, judged, psnr, training_losses
 from taehv.memory import MemoryMonitor, memory_peaks
@@ -89,9 +91,10 @@ def train(config: Config) -> None:
         with (
             StopSignal() as stop,
             Watchdog(world, stop, folder / "stalled", patience) as watchdog,
+            alone(folder, world),
         ):
             trainer = Trainer(config, world, stop, watchdog)
-            with trainer.checkpointer:
+            with trainer.checkpointer, closing(trainer):
                 trainer.run()
 
 
@@ -791,6 +794,11 @@ class Trainer:
             name = "seraena/true_decoded_corrected_and_score_maps"
             self.log.board.picture(name, picture, self.counts.step)
 
+    def close(self) -> None:
+        """Write those records that still wait for the disk, or tell what is lost."""
+        if self.log is not None:
+            self.log.close()
+
     def _finish(self) -> None:
         """See that the last step is saved, export the weights, sum up."""
         self._progress("finishing", is_long=True)
@@ -801,8 +809,7 @@ class Trainer:
             self.checkpointer.wait()
         self._progress("finishing", is_long=True)
         self._count_bad_clips()
-        if self.log is not None:
-            self.log.close()
+        self.close()
         if self.counts.step < self.config.training.steps and not self.is_stale:
             log.info(
                 f"stopped at step {self.counts.step}: saved to "

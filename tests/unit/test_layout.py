@@ -24,6 +24,7 @@ LAYERS = {
     "seraena": COMPONENT,
     "watchdog": COMPONENT,
     "local_batch": COMPONENT,
+    "lock": COMPONENT,
     "step": COMPONENT,
     "checkpoint": COMPONENT,
     "checkpointer": COMPONENT,

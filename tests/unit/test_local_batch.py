@@ -93,6 +93,16 @@ def test_the_first_step_gives_advice_and_a_later_one_halves(tmp_path: Path) -> N
     assert isinstance(batch.ran_out(12), UserError)
 
 
+def test_a_full_disk_does_not_hide_what_ran_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "b.json.0").mkdir()
+    batch = local_batch(tmp_path)
+    assert isinstance(batch.ran_out(step=7), RestartError)
+    assert "b.json cannot be written (Is a directory)" in caplog.text
+    assert "set training.local_batch_size to 6" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [

@@ -1,0 +1,80 @@
+"""One run at a time in a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from taehv.distributed import World, from_main
+from taehv.errors import UserError
+
+log = logging.getLogger("taehv")
+
+LOCK = ".lock"
+PATIENCE = 30.0
+"""Seconds in which a process that a new start replaces may still be dying."""
+UNFINISHED = (".*.part", "samples/.*.part", "export/**/.*.part")
+"""What `writing.whole` leaves where the process is killed."""
+
+
+@contextmanager
+def alone(folder: Path, world: World) -> Iterator[None]:
+    """Keep other runs out of a run's folder, and clear up what killed ones have left.
+
+    A collective. The main process locks a file, which the system undoes however that
+    process ends. Where there is no such file or lock, nothing is kept out.
+
+    Raises:
+        UserError: another run writes there.
+    """
+    with ExitStack() as stack:
+        is_mine = True
+        if world.is_main:
+            is_mine = stack.enter_context(_locked(folder / LOCK))
+        if not from_main(int(is_mine)):
+            raise UserError(
+                f"another run writes to {folder}: wait for its end, or choose another "
+                "--job.name"
+            )
+        if world.is_main:
+            _clear(folder)
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file; false where another process does."""
+    with ExitStack() as stack:
+        is_mine = True
+        with suppress(OSError):  # which the run's own files will tell
+            path.parent.mkdir(parents=True, exist_ok=True)
+            is_mine = _lock(stack.enter_context(path.open("ab")))
+        yield is_mine
+
+
+def _lock(file: IO[bytes]) -> bool:
+    begun = time.monotonic()
+    is_told = False
+    while time.monotonic() - begun < PATIENCE:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if not is_told:
+                log.info(f"{file.name} is held by another run: waiting for its end")
+            is_told = True
+            time.sleep(0.1)
+    return False
+
+
+def _clear(folder: Path) -> None:
+    for pattern in UNFINISHED:
+        for path in folder.glob(pattern):
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
