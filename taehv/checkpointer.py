@@ -360,7 +360,9 @@ class Checkpointer:
             return
         self._pending = None
         if not is_sound:  # what is left of it would disturb the next save
+            before = self._group
             self._group = dist.new_group(backend="gloo", timeout=self.limit)
+            dist.destroy_process_group(before)  # no thread is left in it
         if is_good:
             self._succeeded(pending)
         elif not pending.times_late:

@@ -8,6 +8,7 @@ python -m taehv.convert checkpoints/taecvx.pth start/ --variant taecvx
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def convert(
-    source: Path,
+    source: str | os.PathLike[str],
     target: Path,
     weights: str | None = None,
     dtype: str = "fp32",
@@ -33,7 +34,7 @@ def convert(
 
     Args:
         source: a run's folder (its newest checkpoint is taken), a checkpoint's folder,
-            or a .pth or .safetensors file.
+            the URL of either, or a .pth or .safetensors file.
         target: a .pth or .safetensors file, or, without a suffix, the folder of a
             checkpoint that --model.checkpoint takes.
         weights: "ema" or "model" of a run's checkpoint; by default the averaged ones.
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="run, checkpoint or weights file")
+    parser.add_argument("source", help="run, checkpoint, URL of one, or weights file")
     parser.add_argument("target", type=Path, help=".pth, .safetensors or new folder")
     parser.add_argument("--weights", choices=("ema", "model"), help="averaged or raw")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")

@@ -673,7 +673,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="run, checkpoint, .pth or .safetensors")
+    add("checkpoint", help="run, checkpoint, URL of one, .pth or .safetensors")
     add("inputs", type=Path, nargs="+", help="videos, folders of videos or of images")
     add("--output", type=Path, default=Path("reconstructed"), help="folder or file")
     add("--to", choices=SUFFIXES, help="default: what the input is")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from taehv.distributed import compute_dtype
 from taehv.errors import UserError
 from taehv.model import TAEHV
 from taehv.sections import Model
+from taehv.urls import is_url
 from taehv.variants import VARIANTS
 from taehv.weights import load_state_dict_file
 
@@ -20,7 +22,7 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
 def load_model(
-    source: Path,
+    source: str | os.PathLike[str],
     variant: str | None = None,
     weights: str | None = None,
     **switches: Any,
@@ -29,7 +31,7 @@ def load_model(
 
     Args:
         source: a run's folder (its newest checkpoint is taken), a checkpoint's folder,
-            or a .pth or .safetensors file.
+            or a .pth or .safetensors file; of folders also the URL.
         variant: needed where neither shapes nor metadata tell it.
         weights: "ema" or "model" of a run's checkpoint; by default the averaged ones.
         switches: of a preview, see `TAEHV`.
@@ -40,7 +42,7 @@ def load_model(
     Raises:
         UserError: the source cannot be read, or fits no variant.
     """
-    if source.is_dir():
+    if _is_folder(source):
         state_dict, about = load_weights(source, weights)
     elif weights is not None:
         raise UserError(f"--weights {weights} is for checkpoints; {source} is none")
@@ -61,11 +63,16 @@ def initial_model(settings: Model, resumes: bool = False) -> TAEHV:
         if settings.initialization != "he":
             model.init_weights(initialization=settings.initialization)
         return model
-    path = Path(settings.checkpoint).expanduser()
-    if not path.is_dir():
+    path = os.path.expanduser(settings.checkpoint)
+    if not _is_folder(path):
         return TAEHV.from_pretrained(path, settings.variant)
     weights, about = load_weights(path)
-    return TAEHV.from_state_dict(weights, about, settings.variant, source=str(path))
+    return TAEHV.from_state_dict(weights, about, settings.variant, source=path)
+
+
+def _is_folder(source: str | os.PathLike[str]) -> bool:
+    """Whether it is one, as everything elsewhere is taken to be."""
+    return is_url(source) or Path(source).is_dir()
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:

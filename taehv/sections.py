@@ -25,8 +25,8 @@ class Model:
     variant: str = "taehv"
     """Which TAEHV: its architecture and latent space (see README for the list)."""
     checkpoint: str = ""
-    """Weights to start from: .pth, .safetensors, or the folder of a checkpoint; empty
-    starts from new weights."""
+    """Weights to start from: .pth, .safetensors, or the folder of a checkpoint, which
+    may be a URL; empty starts from new weights."""
     initialization: Literal["he", "pytorch"] = "he"
     """How new weights start. he: activations keep their scale, residual blocks add
     nothing, and colors pass through; pytorch: its defaults, and grey frames, as in the

@@ -46,7 +46,8 @@ def test_a_run_to_files(run: Run, tmp_path: Path) -> None:
     assert averaged.keys() == exported.keys()
     assert all(torch.equal(averaged[key], exported[key]) for key in exported)
     step = run.folder / "checkpoints/step-2"
-    convert(step, tmp_path / "b.safetensors", "--weights", "model", "--dtype", "fp16")
+    url = f"file://{step}"
+    convert(url, tmp_path / "b.safetensors", "--weights", "model", "--dtype", "fp16")
     raw = TAEHV.from_pretrained(tmp_path / "b.safetensors")
     assert raw.variant_name == "taecvx"
     expected, about = load_weights(step, "model")

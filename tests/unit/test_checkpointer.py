@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from taehv.checkpoint import METADATA, State, load
@@ -85,6 +87,7 @@ def test_training_goes_on_while_a_save_is_written(
     deadline = time.monotonic() + 30
     while not saved and time.monotonic() < deadline:
         checkpointer.poll()
+        time.sleep(0.001)  # a step, which is not the save's
     assert [s.step for s in saved] == [1] == checkpointer.steps()
     assert 0 < saved[0].blocked_ms < 1000 * saved[0].seconds
     assert value_in(checkpointer.path(1)) == 1
@@ -142,6 +145,7 @@ def test_failed_saves_are_told_counted_and_tried_again(
     checkpointer.save(5, tensors(5), {"no/such/folder": ""})
     checkpointer.wait()
     assert checkpointer.failures == 2 and checkpointer.steps() == [1]
+    assert checkpointer.folder.names() == ["step-1", "step-2", "step-3"]
     assert "model.weight is not finite" in told()[0] and "step 4" in told()[0]
     assert "2 of at most 3" in told()[1] and "step 5" in told()[1]
     checkpointer.save(6, tensors(6), {})
@@ -151,6 +155,44 @@ def test_failed_saves_are_told_counted_and_tried_again(
         "step-1",
         "step-6",
     ]
+
+
+def test_a_group_that_failed_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = checkpoints(tmp_path, 1)
+
+    def fails(*arguments: object, **named: object) -> None:
+        raise RuntimeError("a process is gone")
+
+    groups, before = dist.distributed_c10d._world.pg_map, checkpointer._group
+    count = len(groups)
+    with monkeypatch.context() as patched:
+        patched.setattr("taehv.checkpointer.dcp.save", fails)
+        checkpointer.save(2, tensors(2), {})
+        checkpointer.wait()
+    assert checkpointer.failures == 1 and checkpointer._group is not before
+    assert len(groups) == count and before not in groups
+    checkpointer.save(3, tensors(3), {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 3]
+
+
+def test_what_is_half_removed_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = checkpoints(tmp_path, 1)
+    remove = LocalFileSystem.rm
+
+    def fails_later(files: LocalFileSystem, path: str, recursive: bool = False) -> None:
+        if recursive:
+            raise OSError("killed here")
+        remove(files, path)
+
+    monkeypatch.setattr(LocalFileSystem, "rm", fails_later)
+    with pytest.raises(OSError, match="killed here"):
+        checkpointer.path(1).remove()
+    assert checkpointer.steps() == [] and checkpointer.path(1).has(METADATA)
 
 
 def test_too_many_failures_end_the_run(tmp_path: Path) -> None:

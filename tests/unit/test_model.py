@@ -12,9 +12,10 @@ from golden_vectors import MANIFEST, assert_same, cases
 from torch import Tensor
 
 from taehv import TAEHV, VARIANTS
+from taehv.checkpoint import save_weights_only
 from taehv.errors import UserError
 from taehv.model import TGrow, TPool, VideoSequential
-from taehv.pretrained import initial_model
+from taehv.pretrained import initial_model, load_model
 from taehv.sections import Model
 from taehv.weights import save_weights
 
@@ -423,6 +424,16 @@ def test_settings_choose_how_weights_start() -> None:
         for choice in ("he", "pytorch")
     )
     assert not first.any() and second.all()
+
+
+def test_weights_elsewhere(tmp_path: Path) -> None:
+    url, model = f"file://{tmp_path}/checkpoint", TAEHV("taecvx")
+    save_weights_only(tmp_path / "checkpoint", model.state_dict(), {})
+    read, _ = load_model(url, "taecvx")
+    begun = initial_model(Model(variant="taecvx", checkpoint=url))
+    for key, value in model.state_dict().items():
+        assert torch.equal(read.state_dict()[key], value)
+        assert torch.equal(begun.state_dict()[key], value)
 
 
 def test_new_weights_fill_a_meta_model() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT, Running
 
 from taehv.errors import RESTART_CODE
@@ -14,6 +13,7 @@ PROCESS = """
 import sys, time
 from pathlib import Path
 import torch
+from taehv import watchdog
 from taehv.distributed import StopSignal, World
 from taehv.watchdog import Watchdog
 
@@ -21,17 +21,26 @@ class Unlucky(Watchdog):
     def _dump(self):
         raise RuntimeError("no recorder")
 
-kind = {"usual": Watchdog, "unlucky": Unlucky}[sys.argv[1]]
+class Stuck(Watchdog):
+    def _dump(self):
+        watchdog.threading.Event().wait()
+
+if sys.argv[1] == "stuck":
+    watchdog.REPORT_SECONDS = 1.0
+kind = {"usual": Watchdog, "unlucky": Unlucky, "stuck": Stuck}[sys.argv[1]]
 world = World(0, 1, torch.device("cpu"), None)
 with StopSignal() as stop, kind(world, stop, Path(sys.argv[2]), 1.0):
     time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("kind", ["usual", "unlucky"])
-def test_a_stall_ends_the_process(tmp_path: Path, kind: str) -> None:
-    command = [sys.executable, "-c", PROCESS, kind, tmp_path]
-    output = Running(command, PYTHONPATH=str(ROOT)).end(RESTART_CODE, 40)
-    if kind == "usual":
-        assert "error: no progress in 1 s: starting; stacks are in" in output
-        assert "in <module>" in (tmp_path / "stacks_0.txt").read_text()
+def test_a_stall_ends_the_process(tmp_path: Path) -> None:
+    running = {
+        kind: Running(
+            [sys.executable, "-c", PROCESS, kind, tmp_path / kind], PYTHONPATH=str(ROOT)
+        )
+        for kind in ("usual", "unlucky", "stuck")
+    }
+    output = {kind: process.end(RESTART_CODE, 40) for kind, process in running.items()}
+    assert "error: no progress in 1 s: starting; stacks are in" in output["usual"]
+    assert "in <module>" in (tmp_path / "usual/stacks_0.txt").read_text()
