@@ -204,6 +204,8 @@ class Student:
             root.requires_grad_(config.model.trained in ("both", name))
         compile_in_place(roots, config.compile, world.device)
         shard(roots, mesh, dtype)
+        # Later the model's own may be gathered ones: see checkpoint.training_state.
+        self.parameters = dict(self.model.named_parameters())
         is_sharded = mesh["shard"].size() > 1
         shard_group = mesh["shard"].get_group() if is_sharded else None
         optimizer, ema = self._optimizer(roots, shard_group)
@@ -226,7 +228,7 @@ class Student:
         self.config, self.steps = config, 0
         torch.manual_seed(config.training.seed)
         weights = initial_model(config.model).state_dict()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             local(parameter).copy_(weights[name])
         self.step.renew(*self._optimizer(self.step.roots), config.loss)
 
@@ -234,12 +236,11 @@ class Student:
         self, roots: list[nn.Module], shard_group: dist.ProcessGroup | None = None
     ) -> tuple[Optimizer, Ema]:
         """Of the weights as they are now."""
-        optim, parameters = self.config.optim, dict(self.model.named_parameters())
-        masters = None
+        optim, masters = self.config.optim, None
         if self.config.parallelism.cpu_offload:
-            masters = Masters(parameters.values())
+            masters = Masters(self.parameters.values())
         optimizer = new_optimizer(*roots, optim, shard_group, masters)
-        return optimizer, Ema(parameters, optim.ema_decay, masters)
+        return optimizer, Ema(self.parameters, optim.ema_decay, masters)
 
     def _seraena(
         self,

@@ -344,7 +344,7 @@ class Lab:
         """The student's averaged or raw weights in a model of its own."""
         config, sources = student.config, student.step.ema.weights
         if weights == "raw":
-            sources = dict(student.model.named_parameters())
+            sources = student.parameters
         if self.judge is None or self.judge.variant_name != config.model.variant:
             dtype = compute_dtype(config.training.precision, self.device)
             self.judge = TAEHV(config.model.variant).to(self.device, dtype).eval()
@@ -412,7 +412,13 @@ def _built_by(config: Config) -> str:
         activation_checkpointing=config.training.activation_checkpointing,
     )
     model = replace(config.model, checkpoint="", initialization="he")
-    return dumps(Config(model=model, compile=config.compile, training=training))
+    built = Config(
+        model=model,
+        compile=config.compile,
+        training=training,
+        parallelism=config.parallelism,
+    )
+    return dumps(built)
 
 
 def points(steps: int, count: int) -> list[int]:

@@ -130,7 +130,7 @@ def _save_vae(path: Path, full: bool) -> Path:
 
 @dataclass
 class Rows:
-    """Prints rows; the first one of a step is what the others are compared with."""
+    """Prints rows; the published step is what the others are compared with."""
 
     bench: Bench
     config: Config
@@ -141,7 +141,8 @@ class Rows:
     ) -> None:
         """Measure and print training steps."""
         cost = self.bench.measure(student, feed)
-        self.reference_ms = self.reference_ms or cost.ms
+        if isinstance(student, PublishedTaughtStudent):
+            self.reference_ms = cost.ms
         self._print(what, cost, self.config.training.global_batch_size)
 
     def encoding(self, what: str, teacher: Teacher, frames_NTCHW: Tensor) -> float:

@@ -341,7 +341,7 @@ def _misfits(
 
 
 def training_state(
-    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
     ema: Ema,
     optimizer: Optimizer,
     counts: dict[str, int | float],
@@ -353,7 +353,8 @@ def training_state(
     are pure functions of the counts.
 
     Args:
-        model: its parameters are saved.
+        parameters: of the model, as they were when it was sharded: until FSDP2 has seen
+            a backward pass of a part, the model's own may be gathered, rounded ones.
         ema: its averages are.
         optimizer: of the model.
         counts: numbers, kept exactly.
@@ -363,7 +364,6 @@ def training_state(
             processes, of which one writes it: where it is not, put the rank into its
             name. `load` says which groups may be missing.
     """
-    parameters = dict(model.named_parameters())
     return {
         "model": {name: value.detach() for name, value in parameters.items()},
         "ema": dict(ema.weights),

@@ -443,7 +443,8 @@ class Seraena:
         self.discriminator, self.settings = discriminator, settings
         self.views, self.view = views, next(iter(views.values()))
         optim = Optim(betas=BETAS, weight_decay=WEIGHT_DECAY, max_grad_norm=0)
-        self.optimizer = Optimizer(discriminator.parameters(), optim, shard_group)
+        self._parameters = dict(discriminator.named_parameters())
+        self.optimizer = Optimizer(self._parameters.values(), optim, shard_group)
         self.optimizer.lr.fill_(settings.discriminator_lr)
         self.health: dict[str, Tensor] = {}
         """What the last step found out, alike on all processes."""
@@ -507,7 +508,7 @@ class Seraena:
 
     def state(self, rank: int) -> dict[str, dict[str, Tensor]]:
         """What goes into a checkpoint, by group; a load fills it in place."""
-        parameters = dict(self.discriminator.named_parameters())
+        parameters = self._parameters
         state = {
             "discriminator": {
                 **{name: value.detach() for name, value in parameters.items()},

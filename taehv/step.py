@@ -87,6 +87,7 @@ class TrainingStep:
         """
         self.release()
         self.optimizer, self.ema, self.loss = optimizer, ema, loss
+        self._share = torch.zeros_like(optimizer.lr)
 
     def release(self) -> None:
         """Let go of the graphs: NCCL ends only when none holds a call of its.

@@ -26,7 +26,8 @@ MOST_THREADS = 8
 def take_cores() -> None:
     """Give this process its share of the machine's cores where torchrun gave it one.
 
-    It does so for want of OMP_NUM_THREADS; the optimizer on the CPU would be slow.
+    It does so for want of OMP_NUM_THREADS, and cannot be told from a user's own 1; the
+    optimizer on the CPU would be slow.
     """
     if os.environ.get("TORCHELASTIC_RUN_ID") and torch.get_num_threads() == 1:
         processes = int(os.environ["LOCAL_WORLD_SIZE"])

@@ -399,7 +399,9 @@ class Trainer:
         groups = self.seraena.state(self.world.rank) if self.seraena else {}
         groups["gradients"] = {"norms": self.optimizer.norms}
         groups[BEST_GROUP] = self.best.state()
-        return training_state(self.model, self.ema, self.optimizer, counts, **groups)
+        return training_state(
+            self.parameters, self.ema, self.optimizer, counts, **groups
+        )
 
     def _clips_hash(self) -> int:
         return int(self.fingerprint[:15], 16)

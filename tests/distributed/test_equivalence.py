@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Run
+from torch import nn
 
+from taehv.checkpoint import load_weights
 from taehv.config import load_config
 from taehv.errors import UserError
+from taehv.offload import Masters
 from taehv.trainer import train
 
 STEPS = {
@@ -72,6 +77,34 @@ def test_same_losses(
             [record[key] for record in expected], rel=1e-5
         )
     assert all(record["grad_norm"] > 0 for record in expected)
+
+
+def test_offloading_has_the_optimizer_work_on_masters(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def masters(parameters: Iterable[nn.Parameter]) -> Masters:
+        made.append(Masters(parameters))
+        return made[-1]
+
+    monkeypatch.setattr("taehv.trainer.Masters", masters)
+    for number, form in enumerate((FSDP, OFFLOAD)):
+        run = Run(tmp_path / str(number), videos, **STEPS, **form)
+        train(load_config(run.command(training__steps=1)[2:]))
+        assert len(made) == number
+
+
+def test_frozen_weights_stay_exact(videos: Path, tmp_path: Path) -> None:
+    """FSDP2 leaves a part that never sees a backward pass gathered, and rounded."""
+    run = Run(tmp_path, videos, **STEPS, **FSDP, model__trained="decoder")
+    run.finish(2, training__precision="bf16", training__steps=2)
+    folder = run.folder / "checkpoints/step-2"
+    raw, averaged = (load_weights(folder, of)[0] for of in ("model", "ema"))
+    assert raw["encoder.0.weight"].dtype == torch.float32
+    for name in raw:
+        is_frozen = name.startswith("encoder.")
+        assert torch.equal(raw[name], averaged[name]) == is_frozen, name
 
 
 def gone_on(

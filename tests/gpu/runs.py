@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 FLAGSHIP = ("--config", str(ROOT / "train_configs/taehv.toml"))
 FSDP = {"parallelism.mode": "fsdp"}
 OFFLOAD = {**FSDP, "parallelism.cpu_offload": "true"}
-EAGER = {"compile.enable": "false"}
+EAGER = {"compile.enable": "false", "compile.cuda_graph": "false"}
 
 
 class Failed(Exception):

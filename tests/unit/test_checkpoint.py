@@ -62,12 +62,13 @@ def state_of(seed: int, inputs: int = 3, **counts: int) -> State:
     model = nn.Linear(inputs, 2)
     optimizer = Optimizer(model.parameters(), Optim())
     optimizer.lr.fill_(0.1)
-    ema = Ema(dict(model.named_parameters()), 0.5)
+    parameters = dict(model.named_parameters())
+    ema = Ema(parameters, 0.5)
     loss = model(torch.randn(4, inputs)).square().sum()
     loss.backward()
     optimizer.step(loss.detach())
     ema.update(torch.tensor(0.5))
-    return training_state(model, ema, optimizer, counts or {"step": seed})
+    return training_state(parameters, ema, optimizer, counts or {"step": seed})
 
 
 def saved(folder: Path | str, *steps: int, **settings: int) -> Checkpointer:
