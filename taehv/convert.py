@@ -53,9 +53,9 @@ def convert(
             f"{target}: name a .pth or .safetensors file, or for a checkpoint's folder "
             "a name without suffix"
         )
-    if target.exists() and source.exists():
-        raise UserError(f"{target} is there already: name another, or delete it")
     model, about = load_model(source, variant, weights)
+    if target.exists():
+        raise UserError(f"{target} is there already: name another, or delete it")
     about = {**about, "variant": model.variant_name}
     about.setdefault("latent_space", model.variant.latent_space)
     converted = {k: v.to(DTYPES[dtype]) for k, v in model.state_dict().items()}

@@ -16,7 +16,6 @@ from taehv.errors import UserError
 
 log = logging.getLogger("taehv")
 
-LOCK = ".lock"
 PATIENCE = 30.0
 """Seconds in which a process that a new start replaces may still be dying."""
 UNFINISHED = (".*.part", "samples/.*.part", "export/**/.*.part")
@@ -36,7 +35,7 @@ def alone(folder: Path, world: World) -> Iterator[None]:
     with ExitStack() as stack:
         is_mine = True
         if world.is_main:
-            is_mine = stack.enter_context(_locked(folder / LOCK))
+            is_mine = stack.enter_context(_locked(lock_of(folder)))
         if not from_main(int(is_mine)):
             raise UserError(
                 f"another run writes to {folder}: wait for its end, or choose another "
@@ -45,6 +44,11 @@ def alone(folder: Path, world: World) -> Iterator[None]:
         if world.is_main:
             _clear(folder)
         yield
+
+
+def lock_of(folder: Path) -> Path:
+    """Beside a run's folder, which only a run that can begin makes."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 from taehv.config import read_config
 from taehv.distributed import World, started
 from taehv.errors import UserError
-from taehv.lock import LOCK, alone
+from taehv.lock import alone, lock_of
 from taehv.sections import Parallelism
 from taehv.trainer import train
 
@@ -39,7 +39,7 @@ def world() -> Iterator[World]:
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that has the lock of a run."""
     (tmp_path / "run").mkdir()
-    command = [sys.executable, "-c", HOLD, tmp_path / "run" / LOCK]
+    command = [sys.executable, "-c", HOLD, lock_of(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"held\n"
         yield process
@@ -96,4 +96,4 @@ def test_what_killed_runs_left_is_cleared(tmp_path: Path, world: World) -> None:
         there = {
             str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()
         }
-    assert there == {*kept, LOCK}
+    assert there == set(kept)

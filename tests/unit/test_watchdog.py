@@ -41,6 +41,6 @@ def test_a_stall_ends_the_process(tmp_path: Path) -> None:
         )
         for kind in ("usual", "unlucky", "stuck")
     }
-    output = {kind: process.end(RESTART_CODE, 40) for kind, process in running.items()}
+    output = {kind: process.end(RESTART_CODE, 120) for kind, process in running.items()}
     assert "error: no progress in 1 s: starting; stacks are in" in output["usual"]
     assert "in <module>" in (tmp_path / "usual/stacks_0.txt").read_text()
