@@ -48,24 +48,7 @@ class _Unpickler(pickle._Unpickler):
     It is pickle's form in Python, the only one whose operations can be refused.
     """
 
-    # Exact names only: pickle resolves dots in a name, so that a whole module would
-    # let in whatever that module imports.
-    DCP = {
-        "torch.distributed.checkpoint.metadata": {
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch": {"Size"},
-        "pathlib": {"Path", "PosixPath"},
-    }
-    BUILT = (
+    MADE = (
         BytesStorageMetadata,
         ChunkStorageMetadata,
         Metadata,
@@ -74,6 +57,17 @@ class _Unpickler(pickle._Unpickler):
         TensorProperties,
         TensorStorageMetadata,
         _StorageInfo,
+    )
+    # Exact names only: pickle resolves dots in a name, so that a whole module would
+    # let in whatever that module imports.
+    NAMES = frozenset(
+        [
+            *((kind.__module__, kind.__name__) for kind in MADE),
+            (Metadata.__module__, "_MEM_FORMAT_ENCODING"),
+            ("torch", "Size"),
+            ("pathlib", "Path"),
+            ("pathlib", "PosixPath"),
+        ]
     )
 
     def find_class(self, module: str, name: str) -> Any:
@@ -84,14 +78,14 @@ class _Unpickler(pickle._Unpickler):
         is_dtype = module == "torch" and isinstance(
             getattr(torch, name, None), torch.dtype
         )
-        if not is_dtype and name not in self.DCP.get(module, ()):
+        if not is_dtype and (module, name) not in self.NAMES:
             raise UserError(f"{f'{module}.{name}'!r} does not belong there")
         return super().find_class(module, name)
 
     def load_build(self) -> None:
         """Set the state of an object: of a class or a function it would stay set."""
         kind = type(self.stack[-2])
-        if kind not in self.BUILT:
+        if kind not in self.MADE:
             raise UserError(f"a {kind.__name__} with a state does not belong there")
         super().load_build()
 
