@@ -342,18 +342,36 @@ def test_flagged_damage_gives_exact_frames_or_an_error(tmp_path: Path):
 def test_counted_frames_that_are_damaged_are_an_error(tmp_path: Path):
     options = {"bf": "1", "g": "8"}
     path = make_video(tmp_path / "damaged.avi", frames=60, options=options)
-    content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 400] = b"\xff" * 400
-    path.write_bytes(content)
+    content = path.read_bytes()
+    # Encoders write other bytes on other processors: a place is looked for where
+    # damage leaves frames that the decoder flags.
+    for place in range(len(content) // 2, len(content) * 3 // 4, 50):
+        damaged = content[:place] + b"\xff" * 400 + content[place + 400 :]
+        path.write_bytes(damaged)
+        if flagged := flagged_frames(path):
+            break
+    failed = 0
+    for i in range(50):
+        tally = Tally()
+        try:
+            decode_window(str(path), (i + 0.5) / 60, 1, 1, [FULL], tally)
+        except VideoError as error:
+            assert "a frame of the window is damaged" in str(error)
+            assert tally.packets - 1 in flagged
+            failed += 1
+        else:
+            assert tally.packets - 1 not in flagged
+    assert failed
+
+
+def flagged_frames(path: Path) -> list[int]:
     with av.open(str(path)) as container:
         container.streams.video[0].thread_type = "NONE"
-        flags = [frame.is_corrupt for frame in container.decode(video=0)]
-    first, tally = flags.index(True), Tally()
-    with pytest.raises(VideoError, match="a frame of the window is damaged"):
-        decode_window(str(path), (first + 0.5) / 60, 1, 1, [FULL], tally)
-    assert tally.packets == first + 1
-    assert decode_window(str(path), (first - 0.5) / 60, 1, 1, [FULL])
+        try:
+            frames = list(container.decode(video=0))
+        except av.FFmpegError:
+            return []
+    return [i for i, frame in enumerate(frames) if frame.is_corrupt]
 
 
 @pytest.mark.parametrize(
