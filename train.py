@@ -12,11 +12,14 @@ from taehv.errors import run_command  # noqa: E402
 
 def main() -> None:
     """Read the settings and train."""
-    # Imported here because every decoding process imports this file anew.
+    # Imported here because every decoding process imports this file anew, and the
+    # trainer last, because it takes seconds.
     from taehv.config import load_config
+
+    config = load_config(sys.argv[1:])
     from taehv.trainer import train
 
-    train(load_config(sys.argv[1:]))
+    train(config)
 
 
 if __name__ == "__main__":

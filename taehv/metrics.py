@@ -15,10 +15,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
 
 from taehv.losses import aligned, psnr
 from taehv.variants import Variant
@@ -202,6 +198,9 @@ def _similarities(frames_TCHW: Tensor, decoded_TCHW: Tensor) -> dict[str, float]
 
 
 def _ssim(decoded_TCHW: Tensor, frames_TCHW: Tensor) -> Tensor:
+    # It takes a second, which processes that judge nothing need not wait.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     similarity_T = structural_similarity_index_measure(
         decoded_TCHW, frames_TCHW, data_range=1.0, reduction="none"
     )
@@ -209,6 +208,10 @@ def _ssim(decoded_TCHW: Tensor, frames_TCHW: Tensor) -> Tensor:
 
 
 def _ms_ssim(decoded_TCHW: Tensor, frames_TCHW: Tensor, scales: int) -> Tensor:
+    from torchmetrics.functional.image import (
+        multiscale_structural_similarity_index_measure,
+    )
+
     betas = MS_SSIM_BETAS[:scales]
     similarity_T = multiscale_structural_similarity_index_measure(
         decoded_TCHW,

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.image.lpips import _LPIPS
 
 from taehv.errors import UserError
 from taehv.metrics import FRAMES_AT_ONCE
@@ -99,6 +98,8 @@ def load_lpips(path: Path) -> nn.Module:
             "LPIPS needs (alexnet-owt-7be5be79.pth, vgg16-397923af.pth)"
         )
     # Of the network and its linear heads, torchmetrics has the latter with it.
+    from torchmetrics.functional.image.lpips import _LPIPS  # takes a second
+
     network = _LPIPS(net=name, pnet_rand=True)
     for inner, parameter in network.net.named_parameters():
         _, layer, kind = inner.split(".")

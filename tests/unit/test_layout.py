@@ -123,6 +123,12 @@ def test_the_model_comes_without_the_trainer() -> None:
     assert not loaded & heavy
 
 
+def test_a_decoding_process_comes_without_the_compiler() -> None:
+    loaded = loaded_by("import taehv.data")
+    assert "taehv.video" in loaded
+    assert not loaded & {"taehv.model", "torch._dynamo", "torchmetrics"}
+
+
 def test_files_speak_of_nothing_outside_of_the_project() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
