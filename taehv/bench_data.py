@@ -23,8 +23,8 @@ from taehv.data import ClipDataset
 from taehv.errors import UserError
 from taehv.files import FileList, Source
 from taehv.measure import Report
-from taehv.sections import Data
-from taehv.video import VideoError, probe, read_frames
+from taehv.sections import Data, Proxy
+from taehv.video import VideoError, probe, read_frames, reencode
 
 COLUMNS = {"video": 24, "way": 20, "clips/core-s": 12, "clips": 5}
 FRAMES, SIDE, STRIDES, SCALES = 12, 128, (1, 3), (0.5, 1.0)
@@ -80,10 +80,18 @@ def bench_data(bench: Bench) -> None:
             name = f"{width}x{height} g{interval}"
             copy = Path(folder) / f"{name}.mp4"
             write_copy(files, copy, height, width, interval, COPIED_FRAMES)
-            for way, decode in _ways(str(copy), others):
-                rate, clips = clips_per_core_second(decode, bench.options.seconds)
-                cells = {"clips/core-s": rate, "clips": clips}
-                bench.report.row(video=name, way=way, **cells)
+            _measure(bench, name, copy, others)
+        small, proxy = Path(folder) / "proxy.mp4", Proxy()
+        reencode(
+            str(copy), str(small), proxy.height, proxy.keyframe_interval, proxy.crf
+        )
+        _measure(bench, f"its proxy, {proxy.height} lines", small, others)
+
+
+def _measure(bench: Bench, name: str, video: Path, others: list[str]) -> None:
+    for way, decode in _ways(str(video), others):
+        rate, clips = clips_per_core_second(decode, bench.options.seconds)
+        bench.report.row(video=name, way=way, **{"clips/core-s": rate, "clips": clips})
 
 
 def clips_per_core_second(

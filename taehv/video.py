@@ -595,8 +595,10 @@ class _Copier:
         self.height = height
         self.rate = rate
         self.options = {"g": str(keyframe_interval), "bf": "0", "crf": str(crf)}
-        # Without CABAC, decoding takes two thirds of the time, and files a tenth more.
-        self.options |= {"preset": "fast", "threads": "1", "x264-params": "cabac=0"}
+        # Without CABAC and deblocking, decoding takes half the time: 0.55 ms a frame of
+        # 640x360 for 1.18. Files are 9 to 17 % larger, and 0.1 to 0.5 dB of 47 worse.
+        lean = "cabac=0:no-deblock=1"
+        self.options |= {"preset": "fast", "threads": "1", "x264-params": lean}
         self._stream: VideoStream | None = None
         self._graphs: dict[tuple, av.filter.Graph] = {}
 
@@ -910,33 +912,23 @@ class _Cropper:
 
 
 def _build_graph(frame: VideoFrame, crop: Crop) -> av.filter.Graph:
-    """Crop, scale and conversion to RGB, in the frame's own orientation."""
+    """Crop, scale and conversion to RGB, in the frame's own orientation.
+
+    In planes, which swscale writes two to four times as fast as packed pixels, and the
+    same values.
+    """
     height, width, top, left = _box(frame, crop)
     turned = _quarter_turns(frame) % 2
     out_height, out_width = (
         (crop.width, crop.height) if turned else (crop.height, crop.width)
     )
+    scale = f"{out_width}:{out_height}:flags={SCALE_FLAGS}"
     return _linked(
         frame,
         ("crop", f"{width}:{height}:{left}:{top}:exact=1"),
-        *_scaled_to_rgb(frame, f"{out_width}:{out_height}:flags={SCALE_FLAGS}"),
+        ("scale", scale + _assumed_matrix(frame)),
+        ("format", "gbrp"),
     )
-
-
-def _scaled_to_rgb(frame: VideoFrame, scale: str) -> list[tuple[str, str]]:
-    """Filters; `scale` is the size, and how.
-
-    What nearly all videos have, YUV of limited range, is scaled to 16 bits and then
-    converted: the same values in half of the time that swscale takes for both at once.
-    Those of other kinds would be half a level off.
-    """
-    matrix = _assumed_matrix(frame)
-    direct = [("scale", scale + matrix), ("format", "rgb24")]
-    if not frame.format.name.startswith("yuv4") or frame.color_range == FULL_RANGE:
-        return direct
-    kept = matrix.replace("in_", "out_")
-    deep = [("scale", scale + matrix + kept), ("format", "yuv444p16le")]
-    return [*deep, ("scale", f"flags={SCALE_FLAGS}{matrix}"), ("format", "rgb24")]
 
 
 def _assumed_matrix(frame: VideoFrame) -> str:

@@ -37,6 +37,7 @@ COLUMNS = {
     "data wait": 9,
     "clips/s": 7,
     "loader alone, clips/s": 21,
+    "one worker": 10,
     "run s": 5,
 }
 LOADER_SECONDS = 3
@@ -227,6 +228,8 @@ class DataWait:
         cells["run s"] = time.monotonic() - begin
         if job == self.sizes.jobs[-1]:
             cells["loader alone, clips/s"] = loader_speed(config)
+            config.data.workers = 1
+            cells["one worker"] = loader_speed(config)
         return {"job": job.name, "clips from": source, **cells}
 
 

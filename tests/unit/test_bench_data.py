@@ -36,10 +36,11 @@ def test_every_way_decodes_the_same_copies(
     path = tmp_path / "results.json"
     bench = SimpleNamespace(options=options, report=Report({}, path, speaks=True))
     bench_data(bench)
-    (copy,) = copies
+    copy, proxy = copies
     assert (copy.height, copy.width, copy.frames) == (180, 320, 100)
-    assert copy.keyframe_interval == 50
+    assert copy.keyframe_interval == 50 > proxy.keyframe_interval
     (rows,) = json.loads(path.read_text())["tables"].values()
+    assert {row["video"] for row in rows} == {"320x180 g50", "its proxy, 360 lines"}
     found = {row["way"]: row for row in rows}
     for crops in (1, 4, 8):
         assert found[f"taehv, K = {crops}"]["clips"] % crops == 0
