@@ -55,8 +55,6 @@ def forms(most: int, cpu: bool) -> list[Form]:
         Form(f"{most}, replicate", most, {}),
         Form(f"{most}, fsdp", most, FSDP),
         Form(f"{most}, fsdp, offload", most, OFFLOAD),
-        Form(f"{most}, fsdp, saves", most, saves),
-        Form(f"{most}, fsdp, saves awaited", most, awaited),
         Form(f"{most}, replicate, eager", most, EAGER),
     ]
     if not cpu:
@@ -64,7 +62,11 @@ def forms(most: int, cpu: bool) -> list[Form]:
     if most >= 4:
         hsdp = {"parallelism.mode": "hsdp", "parallelism.shard_size": most // 2}
         many.insert(2, Form(f"{most}, hsdp", most, hsdp))
-    return one + (many if most > 1 else [])
+    saving = [
+        Form(f"{most}, fsdp, saves", most, saves),
+        Form(f"{most}, fsdp, saves awaited", most, awaited),
+    ]
+    return one + (many if most > 1 else []) + saving
 
 
 class Check(Runs):
