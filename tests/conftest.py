@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -18,6 +19,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
+from taehv.config import load_config
+from taehv.trainer import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -237,6 +241,13 @@ class Run:
     def finish(self, processes: int = 1, code: int = 0, **settings: object) -> str:
         """Run it to its end, which must have this exit code; returns its output."""
         return self.start(processes, **settings).end(code, 240)
+
+    def train(self, **settings: object) -> str:
+        """Run it to its end in this process, which is sooner started; its output."""
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            train(load_config(self.command(**settings)[2:]))
+        return output.getvalue()
 
     def metrics(self) -> list[dict[str, float]]:
         """The records of all steps so far."""

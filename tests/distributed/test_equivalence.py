@@ -11,13 +11,11 @@ from conftest import Run
 from torch import nn
 
 from taehv.checkpoint import load_weights
-from taehv.config import load_config
 from taehv.errors import UserError
 from taehv.offload import Masters
-from taehv.trainer import train
 
 STEPS = {
-    "training__steps": 20,
+    "training__steps": 6,
     "training__precision": "fp64",
     "training__global_batch_size": 4,
     "data__color_jitter": 0.2,
@@ -25,51 +23,67 @@ STEPS = {
     "optim__schedule": "constant",  # so that fewer steps are the same ones
     "optim__lr": 1e-3,
 }
+LONG = {**STEPS, "training__steps": 20}
 FSDP = {"parallelism__mode": "fsdp"}
 HSDP = {"parallelism__mode": "hsdp", "parallelism__shard_size": 2}
 OFFLOAD = {**FSDP, "parallelism__cpu_offload": "true"}
+ACCUMULATE = {"training__local_batch_size": 1}
+CHECKPOINTING = {"training__activation_checkpointing": "true"}
+FORMS = {
+    "accumulate": (1, ACCUMULATE),
+    "replicate-accumulate": (2, ACCUMULATE),
+    "hsdp": (4, HSDP),
+}
+MORE_FORMS = {
+    "fsdp": (2, FSDP),
+    "offload": (2, OFFLOAD),
+    "fsdp-accumulate-checkpointing": (2, {**FSDP, **ACCUMULATE, **CHECKPOINTING}),
+}
 
 
 @pytest.fixture(scope="module")
 def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Twenty steps in one process, with a checkpoint of step 10."""
+    """Six steps in one process, with a checkpoint of step 2."""
     run = Run(tmp_path_factory.mktemp("reference"), videos, **STEPS)
+    run.train(checkpoint__interval=2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def long_reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Twenty steps in one process, with a checkpoint of step 10."""
+    run = Run(tmp_path_factory.mktemp("long"), videos, **LONG)
     run.finish(checkpoint__interval=10)
     return run
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.soak)])
-@pytest.mark.parametrize(
-    ("processes", "form"),
-    [
-        (1, {"training__local_batch_size": 1}),
-        (2, {"training__local_batch_size": 1}),
-        (2, {"parallelism__mode": "fsdp"}),
-        (2, OFFLOAD),
-        (4, HSDP),
-        (
-            2,
-            {
-                "parallelism__mode": "fsdp",
-                "training__local_batch_size": 1,
-                "training__activation_checkpointing": "true",
-            },
-        ),
-    ],
-    ids=[
-        "accumulate",
-        "replicate-accumulate",
-        "fsdp",
-        "offload",
-        "hsdp",
-        "fsdp-accumulate-checkpointing",
-    ],
-)
+@pytest.mark.parametrize(("processes", "form"), FORMS.values(), ids=FORMS)
 def test_same_losses(
-    reference: Run, videos: Path, tmp_path: Path, processes: int, form: dict, steps: int
+    reference: Run, videos: Path, tmp_path: Path, processes: int, form: dict
 ) -> None:
     run = Run(tmp_path, videos, **STEPS, **form)
-    run.finish(processes, training__steps=steps)
+    if processes == 1:
+        run.train(training__steps=4)
+    else:
+        run.finish(processes, training__steps=4)
+    assert_same_losses(run, reference, 4)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("processes", "form"),
+    [*FORMS.values(), *MORE_FORMS.values()],
+    ids=[*FORMS, *MORE_FORMS],
+)
+def test_same_losses_of_twenty_steps(
+    long_reference: Run, videos: Path, tmp_path: Path, processes: int, form: dict
+) -> None:
+    run = Run(tmp_path, videos, **LONG, **form)
+    run.finish(processes)
+    assert_same_losses(run, long_reference, 20)
+
+
+def assert_same_losses(run: Run, reference: Run, steps: int) -> None:
     expected, found = reference.metrics()[:steps], run.metrics()
     assert [record["step"] for record in found] == list(range(1, steps + 1))
     for key in ("loss", "reconstruction", "latent_scale", "grad_norm", "psnr"):
@@ -89,16 +103,16 @@ def test_offloading_has_the_optimizer_work_on_masters(
         return made[-1]
 
     monkeypatch.setattr("taehv.trainer.Masters", masters)
+    short = {"training__steps": 1, "validation__clips": 0}
     for number, form in enumerate((FSDP, OFFLOAD)):
-        run = Run(tmp_path / str(number), videos, **STEPS, **form)
-        train(load_config(run.command(training__steps=1)[2:]))
+        Run(tmp_path / str(number), videos, **short, **form).train()
         assert len(made) == number
 
 
 def test_frozen_weights_stay_exact(videos: Path, tmp_path: Path) -> None:
     """FSDP2 leaves a part that never sees a backward pass gathered, and rounded."""
     run = Run(tmp_path, videos, **STEPS, model__trained="decoder")
-    train(load_config(run.command(training__precision="bf16", training__steps=2)[2:]))
+    run.train(training__precision="bf16", training__steps=2)
     folder = run.folder / "checkpoints/step-2"
     raw, averaged = (load_weights(folder, of)[0] for of in ("model", "ema"))
     for name in raw:
@@ -113,14 +127,15 @@ def gone_on(
     run = Run(output, output, **STEPS, **form)
     run.settings["data.root"] = origin.settings["data.root"]
     folder = origin.folder / f"checkpoints/step-{step}"
-    told = run.finish(
-        processes,
-        checkpoint__resume_from=folder,
-        checkpoint__interval=step + 4,
-        training__steps=last,
+    settings = {"checkpoint__resume_from": folder, "checkpoint__interval": step + 4}
+    settings["training__steps"] = last
+    told = (
+        run.train(**settings) if processes == 1 else run.finish(processes, **settings)
     )
     assert f"resuming from {folder}" in told
-    assert ("not the settings of" in told) == (last != 20)
+    assert ("not the settings of" in told) == (
+        f"\nsteps = {last}\n" not in (folder / "config.toml").read_text()
+    )
     return run
 
 
@@ -135,10 +150,10 @@ def assert_same_course(run: Run, reference: Run, first: int, last: int = 20) -> 
 
 
 def test_one_to_two_to_one(reference: Run, tmp_path: Path) -> None:
-    two = gone_on(reference, 10, tmp_path / "two", 2, OFFLOAD, last=14)
-    assert_same_course(two, reference, 10, last=14)
-    one = gone_on(two, 14, tmp_path / "one", 1, {}, last=18)
-    assert_same_course(one, reference, 14, last=18)
+    two = gone_on(reference, 2, tmp_path / "two", 2, OFFLOAD, last=4)
+    assert_same_course(two, reference, 2, last=4)
+    one = gone_on(two, 4, tmp_path / "one", 1, {}, last=6)
+    assert_same_course(one, reference, 4, last=6)
 
 
 @pytest.mark.soak
@@ -148,14 +163,14 @@ def test_one_to_two_to_one(reference: Run, tmp_path: Path) -> None:
     ids=["fsdp-hsdp", "hsdp-fsdp", "replicate-hsdp", "offload-replicate"],
 )
 def test_one_to_two_to_four_to_one(
-    reference: Run, tmp_path: Path, two: dict, four: dict
+    long_reference: Run, tmp_path: Path, two: dict, four: dict
 ) -> None:
-    run = gone_on(reference, 10, tmp_path / "two", 2, two)
-    assert_same_course(run, reference, 10)
+    run = gone_on(long_reference, 10, tmp_path / "two", 2, two)
+    assert_same_course(run, long_reference, 10)
     run = gone_on(run, 14, tmp_path / "four", 4, four)
-    assert_same_course(run, reference, 14)
+    assert_same_course(run, long_reference, 14)
     run = gone_on(run, 18, tmp_path / "one", 1, {})
-    assert_same_course(run, reference, 18)
+    assert_same_course(run, long_reference, 18)
 
 
 TEACHER = '''
@@ -190,7 +205,7 @@ EVERYTHING = {
     "loss__temporal_weight": 0.5,
     "loss__frequency_weight": 0.5,
     "loss__consistency_weight": 0.5,
-    "training__steps": 6,
+    "training__steps": 3,
 }
 
 
@@ -200,15 +215,16 @@ def test_same_losses_with_every_loss(
     """The encoder runs twice in a step, and clips differ in what is decoded."""
     (tmp_path / "blur.py").write_text(TEACHER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     one = Run(tmp_path / "one", videos, **{**STEPS, **EVERYTHING})
-    one.finish()
+    one.train()
     two = Run(tmp_path / "two", videos, **{**STEPS, **EVERYTHING})
-    two.finish(2, parallelism__mode="fsdp", training__local_batch_size=1)
+    two.finish(2, **FSDP, **ACCUMULATE, **CHECKPOINTING)
     names = ("loss", "latent", "reconstruction", "temporal", "frequency")
     names += ("consistency", "grad_norm")
     for name in names:
         expected = [record[name] for record in one.metrics()]
-        assert len(expected) == 6 and all(expected)
+        assert len(expected) == 3 and all(expected)
         found = [record[name] for record in two.metrics()]
         assert found == pytest.approx(expected, rel=1e-5), name
 
@@ -218,29 +234,22 @@ MUON = {
     "optim__optimizer": "muon",
     "optim__encoder_lr_scale": 0.5,
     "optim__weight_decay": 0.1,
-    "training__steps": 4,
+    "training__steps": 3,
     "training__global_batch_size": 3,
 }
-
-
-def train_here(run: Run, **settings: object) -> None:
-    """Train in this process, which is sooner started."""
-    named = {key.replace("__", "."): value for key, value in settings.items()}
-    argv = [f"--{k}={v}" for k, v in {**run.settings, **named}.items()]
-    train(load_config(argv))
 
 
 def test_same_losses_with_muon(videos: Path, tmp_path: Path) -> None:
     """Three processes share rows unevenly; what they save, one goes on from exactly."""
     one = Run(tmp_path / "one", videos, **{**STEPS, **MUON})
-    train_here(one)
+    one.train()
     three = Run(tmp_path / "three", videos, **{**STEPS, **MUON, **FSDP})
     three.finish(3, checkpoint__interval=2)
     origin = {"checkpoint__resume_from": three.folder / "checkpoints/step-2"}
     again = Run(tmp_path / "again", videos, **{**STEPS, **MUON})
     with pytest.raises(UserError, match="state of optim.optimizer muon, not adamw"):
-        train_here(again, optim__optimizer="adamw", **origin)
-    train_here(again, **origin)
+        again.train(optim__optimizer="adamw", **origin)
+    again.train(**origin)
     for run, first in ((three, 0), (again, 2)):
         for key in ("loss", "grad_norm"):
             expected = [record[key] for record in one.metrics()[first:]]

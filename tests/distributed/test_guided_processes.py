@@ -19,7 +19,7 @@ GUIDED = {
     "seraena__replay_dtype": "fp32",
     "seraena__replay_in_checkpoint": "true",
 }
-SHORT = {**GUIDED, "training__steps": 6, "checkpoint__interval": 3}
+SHORT = {**GUIDED, "training__steps": 4, "checkpoint__interval": 2}
 SAME = (
     *("loss", "reconstruction", "adversarial", "grad_norm", "psnr"),
     *("seraena/loss", "seraena/grad_norm", "seraena/weight"),
@@ -29,9 +29,9 @@ SAME = (
 
 @pytest.fixture(scope="module")
 def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Six steps in one process."""
+    """Four steps in one process."""
     run = Run(tmp_path_factory.mktemp("guided"), videos, **SHORT)
-    output = run.finish()
+    output = run.train()
     told = "Seraena: 7.5 M parameters on 2 groups of 3 of 5 frames (the last shares 1"
     assert told in output
     return run
@@ -60,8 +60,8 @@ def test_a_resumed_run_goes_on_exactly(
 ) -> None:
     run = Run(tmp_path, videos, **SHORT)
     shutil.copytree(reference.folder, run.folder)
-    shutil.rmtree(run.folder / "checkpoints/step-6")
-    output = run.finish()
+    shutil.rmtree(run.folder / "checkpoints/step-4")
+    output = run.train()
     assert "resuming from" in output and "anew" not in output
     assert run.metrics() == reference.metrics()
 
@@ -72,10 +72,10 @@ def test_guidance_can_be_added_to_a_run(
     """Another discriminator than the checkpoint's begins, and begins gently."""
     run = Run(tmp_path, videos, **SHORT)
     shutil.copytree(reference.folder, run.folder)
-    output = run.finish(seraena__frames=2, training__steps=8)
+    output = run.train(seraena__frames=2, training__steps=6)
     assert "the checkpoint has no discriminator like this: it begins anew" in output
     assert "the checkpoint has no earlier decoded frames: they gather anew" in output
-    weights = [record["seraena/weight"] for record in run.metrics()[6:]]
+    weights = [record["seraena/weight"] for record in run.metrics()[4:]]
     assert weights == pytest.approx([0.05 / 3, 0.1 / 3])
 
 

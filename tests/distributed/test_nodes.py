@@ -13,9 +13,9 @@ from conftest import ROOT, Run, Running
 
 
 def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
-    settings = {"training__steps": 4, "training__precision": "fp64"}
+    settings = {"training__steps": 3, "training__precision": "fp64"}
     reference = Run(tmp_path / "one", videos, **settings)
-    reference.finish()
+    reference.train()
     run = Run(tmp_path / "two", videos, **settings)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -33,15 +33,15 @@ def test_a_resumed_run_with_buckets_is_the_same(tmp_path: Path, videos: Path) ->
     more = {"data__sources": sources, "data__holdout": "b.mp4", **SETTINGS}
     more |= {"data__index": tmp_path / "index"}
     whole, parted = (Run(tmp_path / n, videos, **more) for n in ("whole", "parted"))
-    output = whole.finish()
+    output = whole.train()
     assert "4 clips a step of 5 x 16 x 16 or 2 clips a step of 9 x 16 x 24" in output
-    parted.finish(training__steps=3)
+    parted.train(training__steps=3)
     steps = [record["samples"] for record in whole.metrics()]
     sizes = [b - a for a, b in zip([0, *steps], steps, strict=False)]
     assert {*sizes} == {2, 4}
     windows, files = (diversity(whole, kind) for kind in ("windows", "files"))
     assert windows == [size / 2 for size in sizes]
     assert all(1 <= count <= 2 for count in files)
-    parted.finish()
+    parted.train()
     assert [r["samples"] for r in parted.metrics()] == steps
     assert parted.losses() == whole.losses()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Run
+
+from taehv.config import read_config
+from taehv.errors import UserError
+from taehv.precompute import precompute
 
 TEACHER = {
     "teacher__kind": "cache_teachers:Projection",
@@ -20,7 +22,7 @@ TEACHER = {
 WINDOWS = {"cache.shard_windows": 4, "cache.batch_size": 2}
 
 
-def precompute(run: Run, cache: Path, **sizes: int) -> None:
+def write_cache(run: Run, cache: Path, **sizes: int) -> None:
     """Write a cache with the settings of a run."""
     settings = {
         **run.settings,
@@ -28,14 +30,12 @@ def precompute(run: Run, cache: Path, **sizes: int) -> None:
         **{f"cache.{name}": size for name, size in sizes.items()},
         "data.cache": cache,
     }
-    command = [sys.executable, "-m", "taehv.precompute"]
-    command += [f"--{key}={value}" for key, value in settings.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=200)
+    precompute(read_config([f"--{key}={value}" for key, value in settings.items()]))
 
 
 @pytest.fixture(autouse=True)
 def _teachers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests/unit")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests/unit'}")
 
 
@@ -43,10 +43,10 @@ def test_a_cache_trains_as_its_teacher_does(videos: Path, tmp_path: Path) -> Non
     """One window, as large as the clips, leaves one crop: the first that is live."""
     settings = {"training__steps": 3, "training__global_batch_size": 1}
     live = Run(tmp_path / "live", videos, **TEACHER, **settings)
-    live.finish()
-    precompute(live, tmp_path / "cache", windows=1, frames=5, height=16, width=16)
+    live.train()
+    write_cache(live, tmp_path / "cache", windows=1, frames=5, height=16, width=16)
     cached = Run(tmp_path / "cached", videos, **settings, data__root="")
-    output = cached.finish(data__cache=tmp_path / "cache")
+    output = cached.train(data__cache=tmp_path / "cache")
     assert "1 windows to train on, 2 held out" in output
     # The latents are kept in 16 bits.
     for name in ("loss", "latent", "reconstruction", "grad_norm", "psnr"):
@@ -63,23 +63,22 @@ def test_a_cache_trains_as_its_teacher_does(videos: Path, tmp_path: Path) -> Non
     about = json.loads((tmp_path / "cache/cache.json").read_text())
     del about["teacher"]["fingerprint"]
     (tmp_path / "cache/cache.json").write_text(json.dumps(about))
-    refusal = live.finish(
-        code=2,
-        data__cache=tmp_path / "cache",
-        job__name="other",
-        teacher__kind="cache_teachers:Other",
-    )
-    assert "was written with another teacher" in refusal
+    with pytest.raises(UserError, match="was written with another teacher"):
+        live.train(
+            data__cache=tmp_path / "cache",
+            job__name="other",
+            teacher__kind="cache_teachers:Other",
+        )
 
 
 def test_crops_inside_a_window_are_judged_after_their_lead_in(
     videos: Path, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path, videos, **TEACHER, training__steps=8, validation__interval=100)
-    precompute(run, tmp_path / "cache", windows=6, frames=13, height=32, width=32)
+    run = Run(tmp_path, videos, **TEACHER, training__steps=4, validation__interval=100)
+    write_cache(run, tmp_path / "cache", windows=6, frames=13, height=32, width=32)
     settings = {"data__cache": tmp_path / "cache", "training__global_batch_size": 4}
     run.finish(2, **settings, parallelism__mode="fsdp")
     records = run.metrics()
-    assert len(records) == 8 and all(record["loss"] > 0 for record in records)
-    about = json.loads((run.folder / "checkpoints/step-8/about.json").read_text())
+    assert len(records) == 4 and all(record["loss"] > 0 for record in records)
+    about = json.loads((run.folder / "checkpoints/step-4/about.json").read_text())
     assert about["latent_space"] == "HunyuanVideo"

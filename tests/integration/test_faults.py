@@ -60,9 +60,10 @@ class Faulty:
 '''
 SETTINGS = {
     "teacher__kind": "faulty:Faulty",
-    "training__steps": 16,
+    "training__steps": 12,
     "training__global_batch_size": 4,
     "training__precision": "fp64",
+    "optim__schedule": "constant",  # so that fewer steps are the same ones
     "checkpoint__interval": 4,
     "validation__clips": 0,
 }
@@ -74,6 +75,7 @@ def _teacher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "faulty.py").write_text(TEACHER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder))
+        patch.syspath_prepend(folder)
         yield
 
 
@@ -102,7 +104,7 @@ def test_whatever_happens_the_losses_are_the_same(
     run = Run(tmp_path, videos, **SETTINGS)
 
     process = run.start(2, training__step_timeout=4)
-    process.wait_for(lambda: len(run.metrics()) >= 3)
+    process.wait_for(lambda: len(run.metrics()) >= 2)
     frozen = process.rank(1)
     os.kill(frozen, signal.SIGSTOP)
     process.prints("rank 1: no answer since step ", seconds=40)
@@ -112,14 +114,14 @@ def test_whatever_happens_the_losses_are_the_same(
     stacks = (run.folder / "stalled/stacks_0.txt").read_text()
     assert "all_reduce" in stacks and (run.folder / "stalled/gloo_0").stat().st_size
 
-    terminate(run.start(2), run, after=5)
+    terminate(run.start(2), run, after=3)
 
-    # Of sample 48, in step 13, no more than one clip fits.
-    process = run.start(2, restarts=2, data__workers=1, teacher__path="48=1")
-    process.wait_for(lambda: len(run.metrics()) >= 7)
+    # Of sample 40, in step 11, no more than one clip fits.
+    process = run.start(2, restarts=2, data__workers=1, teacher__path="40=1")
+    process.wait_for(lambda: len(run.metrics()) >= 6)
     os.kill(process.workers()[-1], signal.SIGKILL)
     process.prints("the workers of the data loader start anew")
-    process.wait_for(lambda: len(run.metrics()) >= 9)
+    process.wait_for(lambda: len(run.metrics()) >= 7)
     os.kill(process.rank(1), signal.SIGKILL)
     output = process.end()
     assert output.count("resuming from") == 3
@@ -127,13 +129,13 @@ def test_whatever_happens_the_losses_are_the_same(
     assert told.startswith("error: ") and "with 2 clips at a time" in told
     assert "1 clips at a time, as more did not fit" in output
     expected, found = reference.metrics(), run.metrics()
-    assert found[:8] == expected[:8] and len(found) == 16
+    assert found[:8] == expected[:8] and len(found) == 12
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-9)
 
 
 def test_bad_data_is_counted(videos: Path, tmp_path: Path) -> None:
-    """NaN on one rank, an exploding gradient, a corrupt video in every step."""
+    """NaN on one rank, an exploding gradient, corrupt videos in most steps."""
     folder = tmp_path / "videos"
     shutil.copytree(videos, folder)
     for number in range(5):
@@ -141,23 +143,25 @@ def test_bad_data_is_counted(videos: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, folder, **SETTINGS)
     run.settings |= {
         "training.precision": "fp32",
+        "training.global_batch_size": 2,
         "training.gc_interval": 10,
+        "checkpoint.interval": 100,
         "optim.spike_factor": 10,
-        "teacher.path": "22=nan,153=1e6",
+        "teacher.path": "11=nan,71=1e6",
     }
-    output = run.finish(2, training__steps=38)
-    output += run.finish(2, training__steps=42)  # what is usual goes on, and the counts
+    output = run.finish(2, training__steps=35)
+    output += run.finish(2, training__steps=37)  # what is usual goes on, and the counts
     records = run.metrics()
-    assert [record["step"] for record in records] == list(range(1, 43))
+    assert [record["step"] for record in records] == list(range(1, 38))
     assert [r["step"] for r in records if r["loss"] is None] == [6]
     skipped = [record["skipped"] for record in records]
-    assert skipped == [0] * 5 + [1] * 33 + [2] * 4
+    assert skipped == [0] * 5 + [1] * 30 + [2] * 2
     assert "[rank 1] step 6 is skipped, its loss or gradient is not finite" in output
-    assert "step 39 is skipped, its gradient's norm of " in output
+    assert "step 36 is skipped, its gradient's norm of " in output
     replaced = _replaced(run)
-    assert all(replaced)
+    assert sum(map(bool, replaced)) > 20
     assert f"2 steps, {sum(replaced)} clips of bad videos replaced" in output
-    assert output.count("collected") == 2 * 4
+    assert output.count("collected") == 2 * 3
 
 
 def _replaced(run: Run) -> list[int]:
@@ -166,7 +170,7 @@ def _replaced(run: Run) -> list[int]:
     config = read_config([f"--{key}={value}" for key, value in settings.items()])
     files, _ = build_file_lists(config.data)
     clips = ClipDataset(config.data, files, config.training.seed)
-    steps = (clips.__getitems__(list(range(n, n + 4))) for n in range(0, 168, 4))
+    steps = (clips.__getitems__([n, n + 1]) for n in range(0, 74, 2))
     return [sum(len(clip.failures) for clip in step) for step in steps]
 
 
@@ -175,14 +179,15 @@ def test_the_largest_batch_that_fits_is_found(
 ) -> None:
     """One process then takes as many at a time as each of two has."""
     run = Run(tmp_path, videos, **SETTINGS)
-    output = run.finish(
+    output = run.train(
+        training__steps=4,
         training__device="auto",
         training__find_batch_size="true",
         # Both for what it tries and for what it trains on.
-        teacher__path=",".join(f"{sample}=2" for sample in range(64)),
+        teacher__path=",".join(f"{sample}=2" for sample in range(16)),
     )
     assert "2 clips at a time fit into the memory" in output
-    for mine, theirs in zip(run.metrics(), reference.metrics(), strict=True):
+    for mine, theirs in zip(run.metrics(), reference.metrics()[:4], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-9)
 
 
@@ -202,7 +207,10 @@ def test_terminated_at_many_moments(
         output = process.end(code=None, seconds=30)
         step = len(run.metrics())
         print(f"after step {step}: {time.monotonic() - asked:.1f} s to the end")
-        assert step == 16 or f"stopped at step {step}: saved" in output, output
+        assert (
+            step == SETTINGS["training__steps"]
+            or f"stopped at step {step}: saved" in output
+        ), output
         assert (run.folder / f"checkpoints/step-{step}/.metadata").exists()
         run.finish(2)
         assert run.metrics() == reference.metrics()

@@ -9,7 +9,7 @@ from conftest import Run, Running, file_size_limit
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-STEPS, LIMIT = 20, 500
+STEPS, LIMIT = 15, 500
 
 
 def test_a_full_disk(videos: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ SETTINGS = {
     "validation__interval": 4,
     "validation__clips": 16,
 }
+SHORT = {**SETTINGS, "training__steps": 6, "validation__clips": 4}
 PHASES = ("save", "step", "validation")
 
 
@@ -34,13 +35,13 @@ def is_saving(run: Run) -> bool:
     return any(not (folder / MANIFEST).exists() for folder in folders)
 
 
-def kill_once(run: Run, phase: str, chance: random.Random) -> bool:
-    """Kill both processes in a phase of a step to come; False if the run has ended.
+def kill_once(run: Run, processes: int, phase: str, chance: random.Random) -> bool:
+    """Kill all processes in a phase of a step to come; False if the run has ended.
 
     The phases follow one another at once, so that some kills hit the next.
     """
     done = len(run.metrics())
-    process = run.start(2)
+    process = run.start(processes)
     ahead = chance.randint(1, 6)
 
     def is_time() -> bool:
@@ -69,21 +70,22 @@ def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def assert_killed_runs_equal(
-    reference: Run, videos: Path, folder: Path, seed: int, kills: int
+    reference: Run, folder: Path, seed: int, kills: int, processes: int
 ) -> dict[str, int]:
     """Kill runs this many times on their way; returns how many hit what."""
     chance = random.Random(seed)
     done, hit = 0, dict.fromkeys((*PHASES, "incomplete checkpoint"), 0)
     for number in range(kills):
-        run = Run(folder / f"killed{number}", videos, **SETTINGS)
+        run = Run(folder / f"killed{number}", folder)
+        run.settings = {**reference.settings, "job.output_dir": run.folder.parent}
         while done < kills:
             phase = PHASES[(seed + done) % len(PHASES)]
-            if not kill_once(run, phase, chance):
+            if not kill_once(run, processes, phase, chance):
                 break
             done += 1
             hit[phase] += 1
             hit["incomplete checkpoint"] += is_saving(run)
-        run.finish(2)
+        run.finish(processes)
         assert run.metrics() == reference.metrics()
         assert_same_export(run, reference)
         if done == kills:
@@ -98,14 +100,16 @@ def assert_same_export(run: Run, reference: Run) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_kill_amid_a_save(reference: Run, videos: Path, tmp_path: Path) -> None:
-    hit = assert_killed_runs_equal(reference, videos, tmp_path, seed=0, kills=1)
+def test_a_kill_amid_a_save(videos: Path, tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", videos, **SHORT)
+    whole.train()
+    hit = assert_killed_runs_equal(whole, tmp_path, seed=0, kills=1, processes=1)
     assert hit["save"] == 1
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(10))
-def test_forty_kills(reference: Run, videos: Path, tmp_path: Path, seed: int) -> None:
-    hit = assert_killed_runs_equal(reference, videos, tmp_path, seed, kills=4)
+def test_forty_kills(reference: Run, tmp_path: Path, seed: int) -> None:
+    hit = assert_killed_runs_equal(reference, tmp_path, seed, kills=4, processes=2)
     print(f"kills: {hit}")
     assert sum(hit[phase] for phase in PHASES) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from taehv import TAEHV
+from taehv.errors import UserError
 from taehv.video import read_frames
 
 
@@ -24,14 +26,14 @@ def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
     run = Run(
         tmp_path_factory.mktemp("finished"),
         videos,
-        training__steps=30,
+        training__steps=18,
         training__global_batch_size=4,
         optim__ema_decay=0.9,
-        checkpoint__interval=10,
+        checkpoint__interval=6,
         checkpoint__keep=2,
-        checkpoint__export_interval=15,
-        validation__interval=15,
-        logging__interval=5,
+        checkpoint__export_interval=9,
+        validation__interval=9,
+        logging__interval=3,
         data__workers=1,
     )
     return run, run.finish()
@@ -40,10 +42,10 @@ def finished(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
 def test_learns(finished: tuple[Run, str]) -> None:
     run, _ = finished
     losses = run.losses()
-    assert len(losses) == 30
+    assert len(losses) == 18
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
-    assert [record["step"] for record in records] == [0, 15, 30]
+    assert [record["step"] for record in records] == [0, 9, 18]
     assert records[-1]["psnr"] > records[0]["psnr"] + 1
     assert records[-1]["clips"] == 2
     low, high = records[-1]["intervals"]["psnr"]
@@ -54,20 +56,20 @@ def test_learns(finished: tuple[Run, str]) -> None:
 
 def test_leaves_what_the_summary_names(finished: tuple[Run, str]) -> None:
     run, output = finished
-    picture = np.asarray(Image.open(run.folder / "samples" / "step-30.png"))
+    picture = np.asarray(Image.open(run.folder / "samples" / "step-18.png"))
     # Two clips of five frames: rows of the input, the reconstruction and its error,
     # and their names on the left.
     assert picture.shape == (6 * 18 + 2, 98 + 5 * 18, 3)
-    frames = list(read_frames(run.folder / "samples" / "step-30.mp4"))
+    frames = list(read_frames(run.folder / "samples" / "step-18.mp4"))
     assert len(frames) == 2 * 5 * 3 and frames[0].shape == (16, 32, 3)
     assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == [
-        "step-20",
-        "step-30",
+        "step-12",
+        "step-18",
     ]
     made = sorted(p.name for p in (run.folder / "export").iterdir())
     weights = ["best.pth", "best.safetensors", "taehv.pth", "taehv.safetensors"]
-    assert made == sorted(["step-15", "step-30", *weights])
-    for name in ("samples/step-30.png", "samples/step-30.mp4", "export/taehv.pth"):
+    assert made == sorted(["step-9", "step-18", *weights])
+    for name in ("samples/step-18.png", "samples/step-18.mp4", "export/taehv.pth"):
         assert f"{run.folder}/{name}" in output
     assert f"tensorboard --logdir {run.folder}/tensorboard" in output
 
@@ -82,7 +84,7 @@ def test_export_is_the_averaged_model(finished: tuple[Run, str]) -> None:
         assert torch.equal(value, again.state_dict()[key])
     with safe_open(run.folder / "export/taehv.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["variant"] == "taehv" and metadata["step"] == "30"
+    assert metadata["variant"] == "taehv" and metadata["step"] == "18"
     assert metadata["latent_space"] == "own"
 
 
@@ -90,9 +92,9 @@ def test_exports_on_the_way(finished: tuple[Run, str]) -> None:
     run, _ = finished
     last = run.folder / "export"
     for name in ("taehv.pth", "taehv.safetensors"):
-        early, end = last / "step-15" / name, last / "step-30" / name
+        early, end = last / "step-9" / name, last / "step-18" / name
         assert early.read_bytes() != end.read_bytes()
-    exports = [last / "step-15", last / "step-30", last]
+    exports = [last / "step-9", last / "step-18", last]
     early, end, final = (
         TAEHV.from_pretrained(folder / "taehv.pth").state_dict() for folder in exports
     )
@@ -106,38 +108,27 @@ def test_tensorboard(finished: tuple[Run, str]) -> None:
     run, _ = finished
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     losses = events.Scalars("train/loss")
-    assert [event.step for event in losses] == [5, 10, 15, 20, 25, 30]
+    assert [event.step for event in losses] == [3, 6, 9, 12, 15, 18]
     assert losses[-1].value == pytest.approx(run.losses()[-1])
     for name in ("learning_rate", "grad_norm", "clips_per_second", "data_wait", "psnr"):
         assert events.Scalars(f"train/{name}")
     for name in ("save_blocked_ms", "save_seconds"):
         saved = events.Scalars(f"train/{name}")
-        assert [event.step for event in saved] == [10, 20, 30]
+        assert [event.step for event in saved] == [6, 12, 18]
         assert all(event.value > 0 for event in saved)
-    assert [event.step for event in events.Scalars("validation/psnr")] == [0, 15, 30]
+    assert [event.step for event in events.Scalars("validation/psnr")] == [0, 9, 18]
     clip = events.Images("validation/input_left_of_reconstruction")[-1]
     assert clip.encoded_image_string.startswith(b"GIF8")
     assert "config/text_summary" in events.Tags()["tensors"]
 
 
-def test_written_config_repeats_the_run(
+def test_the_written_config_repeats_the_run_also_after_a_stop(
     finished: tuple[Run, str], tmp_path: Path
 ) -> None:
-    run, _ = finished
-    config = run.folder / "config.toml"
-    again = Run(tmp_path, tmp_path)
-    again.settings = {"config": config, "job.output_dir": tmp_path}
-    again.finish(training__steps=30)
-    assert again.metrics() == run.metrics()
-
-
-def test_stop_signal_saves_and_the_same_command_goes_on(
-    finished: tuple[Run, str], videos: Path, tmp_path: Path
-) -> None:
     reference, _ = finished
-    settings = {k.replace(".", "__"): v for k, v in reference.settings.items()}
-    settings["job__output_dir"] = tmp_path
-    run = Run(tmp_path, videos, **settings)
+    run = Run(tmp_path, tmp_path)
+    config = reference.folder / "config.toml"
+    run.settings = {"config": config, "job.output_dir": tmp_path}
     process = run.start()
     process.wait_for(lambda: len(run.metrics()) >= 3)
     # As a terminal does it: the decoding processes get the signal too.
@@ -146,13 +137,13 @@ def test_stop_signal_saves_and_the_same_command_goes_on(
     stopped = len(run.metrics())
     assert 3 <= stopped < 10 and f"stopped at step {stopped}" in output
     assert (run.folder / f"checkpoints/step-{stopped}/manifest.json").exists()
-    run.finish()
+    run.train()
     assert run.metrics() == reference.metrics()
 
 
 def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     run = Run(tmp_path, videos, training__steps=3)
-    process = run.start(validation__clips=2000, data__workers=1)
+    process = run.start(validation__clips=400, data__workers=1)
     process.prints("held out")  # the last line before the validation
     time.sleep(1)
     process.send(signal.SIGTERM)
@@ -160,9 +151,9 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     assert "stopped at step 0" in output and "validation at" not in output
     less = {"data__annotations": tmp_path / "less.txt", "optim__lr": 2e-3}
     (tmp_path / "less.txt").write_text("a.mp4\nb.mp4\nheld.mp4\n")
-    refused = run.finish(code=2, **less)
-    assert "the number of training files has changed since" in refused
-    output = run.finish(checkpoint__allow_changed_data="true", **less)
+    with pytest.raises(UserError, match="number of training files has changed since"):
+        run.train(**less)
+    output = run.train(checkpoint__allow_changed_data="true", **less)
     assert "resuming from" in output
     assert "number of training files has changed" in output and "as allowed" in output
     assert "step-0: optim.lr: 0.001 -> 0.002" in output
@@ -170,17 +161,17 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
     assert [record["step"] for record in records] == [0, 3]
     # Of equal shapes, but of another latent space.
-    refused = run.finish(code=2, model__variant="taew2_1")
-    assert "is of model.variant taehv, not taew2_1" in refused
-    refused = run.finish(code=2, training__seed=1)
-    assert "training.seed has changed since; take it back, or choose" in refused
+    with pytest.raises(UserError, match="of model.variant taehv, not taew2_1"):
+        run.train(model__variant="taew2_1")
+    with pytest.raises(UserError, match="training.seed has changed since; take it"):
+        run.train(training__seed=1)
 
 
 def test_the_best_weights_are_kept_and_patience_ends_a_run(
     videos: Path, tmp_path: Path
 ) -> None:
     run = Run(tmp_path, videos, validation__interval=3, optim__schedule="constant")
-    run.finish(training__steps=6)
+    run.train(training__steps=6)
     # From here on every step does harm.
     spoiled = {"training__steps": 30, "optim__lr": 10, "validation__patience": 2}
     output = run.finish(processes=2, **spoiled)
@@ -197,7 +188,7 @@ def test_the_best_weights_are_kept_and_patience_ends_a_run(
     (run.folder / "validation.jsonl").unlink()  # the checkpoint knows it, too
     best = run.folder / "export/best.safetensors"
     best.write_bytes((run.folder / "export/taehv.safetensors").read_bytes())
-    output = run.finish(**spoiled)
+    output = run.train(**spoiled)
     assert "12 steps done, ended early" in output
     assert "best so far" in output and "at step 6" in output  # not in that file
     assert run.metrics() == before and len(before) == 12
@@ -210,7 +201,7 @@ def test_a_bad_held_out_file_costs_its_clips(videos: Path, tmp_path: Path) -> No
         (folder / video.name).write_bytes(video.read_bytes())
     (folder / "bad_held.mp4").write_text("not a video")
     run = Run(tmp_path, folder, training__steps=1, data__holdout="*held.mp4")
-    output = run.finish(processes=2)
+    output = run.train()
     assert output.count("left out a held-out clip") == 2, output  # before and after
     records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
     assert [record["clips"] for record in records] == [1, 1]
@@ -225,9 +216,10 @@ def test_bad_videos_cost_only_their_clips(videos: Path, tmp_path: Path) -> None:
     (folder / "text.mp4").write_text("not a video")
     cut = (videos / "a.mp4").read_bytes()
     (folder / "cut.mp4").write_bytes(cut[: len(cut) // 3])
-    run = Run(tmp_path, folder, training__steps=10, training__global_batch_size=4)
-    output = run.finish()
-    assert len(run.metrics()) == 10
+    run = Run(tmp_path, folder, training__steps=4, training__global_batch_size=4)
+    run.settings["validation.clips"] = 0
+    output = run.train()
+    assert len(run.metrics()) == 4
     for name in ("empty.mp4", "text.mp4", "cut.mp4"):
         assert output.count(f"{folder}/{name}") == 1, output
     (line,) = [line for line in output.splitlines() if "clips of bad videos" in line]
@@ -252,6 +244,9 @@ def test_a_mistake_is_one_line(videos: Path, tmp_path: Path, mistake: str) -> No
     settings, told = MISTAKES[mistake]
     run = Run(tmp_path, videos)
     run.settings |= settings
-    lines = [line for line in run.finish(code=2).splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert told in lines[0]
+    if mistake == "missing folder":  # one of them as a user sees it
+        assert re.fullmatch(rf"error: .*{told}.*\n", run.finish(code=2))
+        return
+    with pytest.raises(UserError, match=told) as raised:
+        run.train()
+    assert "\n" not in str(raised.value)
