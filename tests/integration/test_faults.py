@@ -87,24 +87,14 @@ def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def terminate(process: Running, run: Run, after: int) -> None:
-    """End a run by SIGTERM amid its steps; it must save the last of them."""
-    process.wait_for(lambda: len(run.metrics()) >= after)
-    os.kill(process.pid, signal.SIGTERM)
-    output = process.end(code=None, seconds=30)  # torchrun itself fails then
-    step = len(run.metrics())
-    assert f"stopped at step {step}: saved" in output, output
-    assert (run.folder / f"checkpoints/step-{step}/.metadata").exists()
-
-
 def test_whatever_happens_the_losses_are_the_same(
     reference: Run, videos: Path, tmp_path: Path
 ) -> None:
-    """A process stands still, a signal, a worker and a process killed, no memory."""
+    """A process stands still, a worker and a process are killed, no memory."""
     run = Run(tmp_path, videos, **SETTINGS)
 
     process = run.start(2, training__step_timeout=4)
-    process.wait_for(lambda: len(run.metrics()) >= 2)
+    process.wait_for(lambda: len(run.metrics()) >= 3)
     frozen = process.rank(1)
     os.kill(frozen, signal.SIGSTOP)
     process.prints("rank 1: no answer since step ", seconds=40)
@@ -114,8 +104,6 @@ def test_whatever_happens_the_losses_are_the_same(
     stacks = (run.folder / "stalled/stacks_0.txt").read_text()
     assert "all_reduce" in stacks and (run.folder / "stalled/gloo_0").stat().st_size
 
-    terminate(run.start(2), run, after=3)
-
     # Of sample 40, in step 11, no more than one clip fits.
     process = run.start(2, restarts=2, data__workers=1, teacher__path="40=1")
     process.wait_for(lambda: len(run.metrics()) >= 6)
@@ -124,7 +112,7 @@ def test_whatever_happens_the_losses_are_the_same(
     process.wait_for(lambda: len(run.metrics()) >= 7)
     os.kill(process.rank(1), signal.SIGKILL)
     output = process.end()
-    assert output.count("resuming from") == 3
+    assert output.count("resuming from") == 2
     (told,) = [line for line in output.splitlines() if "out of GPU memory" in line]
     assert told.startswith("error: ") and "with 2 clips at a time" in told
     assert "1 clips at a time, as more did not fit" in output

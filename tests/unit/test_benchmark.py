@@ -59,7 +59,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
     path = tmp_path_factory.mktemp("benchmark") / "results.json"
     parts = ["--train", "--decode", "--curves", "--teacher"]
     small = ["--sizes", "5x16x16,5x32x32", "--decode-sizes", "5x16x16"]
-    small += ["--curve-steps", 10, "--teacher-rows", "eager"]
+    small += ["--curve-steps", 10, "--teacher-rows", "eager", "--calls", 3]
     output = benchmark(*parts, *small, "--json", path)
     return output, json.loads(path.read_text())
 
