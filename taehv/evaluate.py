@@ -41,7 +41,7 @@ from taehv.comparison import (
 )
 from taehv.comparison_page import write_comparison
 from taehv.errors import UserError, run_command
-from taehv.files import FileList
+from taehv.files import READERS, FileList
 from taehv.logging import set_up_console
 from taehv.losses import psnr
 from taehv.measure import peak_gib, synchronize
@@ -248,7 +248,7 @@ def find_files(videos: Path) -> FileList:
         return FileList.from_config(Data(root=str(videos)))
     if not videos.is_file():
         raise UserError(f"--videos {videos}: no such file or folder")
-    if videos.suffix.lower() in (".txt", ".json"):
+    if videos.suffix.lower() in READERS:
         return FileList.from_config(Data(annotations=str(videos)))
     return FileList.from_paths(str(videos.parent), [videos.name])
 
@@ -552,7 +552,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="runs, checkpoints, .pth or .safetensors",
     )
-    add("--videos", type=Path, required=True, help="folder, .txt or .json list, or one")
+    add("--videos", type=Path, required=True, help="folder, list, or one")
     add("--output", type=Path, default=Path("evaluation"), help="folder of the results")
     add("--names", nargs="+", default=[], help="of the checkpoints, in the tables")
     add(

@@ -325,7 +325,7 @@ def _walk(root: str, suffixes: tuple[str, ...]) -> Iterator[str]:
 def _listed(path: str) -> list[str]:
     try:
         content = read_bytes(path) if is_url(path) else Path(path).read_bytes()
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # Windows marks the order of bytes
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable_list(path, error) from error
     suffix = os.path.splitext(path)[1].lower()
@@ -353,8 +353,9 @@ def _from_json(path: str, text: str) -> list[str]:
 
 
 def _from_jsonl(path: str, text: str) -> list[str]:
-    lines = filter(None, map(str.strip, text.splitlines()))
-    return [_path_of(_parsed(path, line), i, path) for i, line in enumerate(lines)]
+    lines = enumerate(text.splitlines(), 1)
+    entries = (_parsed(path, line, n) for n, line in lines if line.strip())
+    return [_path_of(entry, i, path) for i, entry in enumerate(entries)]
 
 
 def _from_csv(path: str, text: str) -> list[str]:
@@ -376,11 +377,15 @@ READERS = {
 """How lists are read, by their suffix."""
 
 
-def _parsed(path: str, text: str) -> Any:
+def _parsed(path: str, text: str, first_line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no valid JSON ({error}): write it again") from error
+        line = first_line + error.lineno - 1
+        raise UserError(
+            f"{path} is no valid JSON ({error.msg} in line {line}, column "
+            f"{error.colno}): write it again"
+        ) from error
 
 
 def _path_of(entry: Any, i: int, annotation: str) -> str:

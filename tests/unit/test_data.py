@@ -107,9 +107,28 @@ def test_annotation_paths(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "a.mp4\nb.mp4\n"),
+        ("a.csv", "path,frames\na.mp4,7\nb.mp4,8\n"),
+        ("a.jsonl", '{"path": "a.mp4"}\n\n{"path": "b.mp4"}\n'),
+        ("a.json", '{"list": [{"path": "a.mp4"}, {"path": "b.mp4"}]}'),
+    ],
+)
+def test_lists_may_begin_with_a_byte_order_mark(
+    tmp_path: Path, name: str, content: str
+):
+    for coding in ("utf-8", "utf-8-sig"):
+        (tmp_path / name).write_text(content, coding)
+        files = FileList.from_config(Data(annotations=str(tmp_path / name)))
+        assert relative_paths(files) == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.json", "{", "no valid JSON"),
+        ("a.jsonl", '{"path": "a"}\n\n{"path": b}', "in line 3, column 10"),
         ("a.json", '["a.mp4"]', "must be"),
         ("a.json", '{"list": [{"path": "a"}, {"duration": 1}]}', "entry 1 .* no path"),
         ("a.json", '{"list": [{"path": "\\ud800"}]}', "entry 0 .* no name of a file"),

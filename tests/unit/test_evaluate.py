@@ -221,6 +221,12 @@ def test_a_preview_is_shown_at_its_times_and_enlarged(name: str, latents: int) -
     assert torch.equal(as_full(TAEHV(name), shown, latents_1TCHW), shown)
 
 
+def test_every_kind_of_list_names_videos(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("path\nx/b.mp4\n")
+    files = find_files(tmp_path / "a.csv")
+    assert [files[i] for i in range(len(files))] == [str(tmp_path / "x/b.mp4")]
+
+
 def test_clips_are_spread_over_files() -> None:
     assert choose_windows(3, 0) == [(0, 0.5), (1, 0.5), (2, 0.5)]
     assert len(choose_windows(100, 0)) == 32
