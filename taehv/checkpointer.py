@@ -163,6 +163,7 @@ class Checkpointer:
         folder: of the run's checkpoints.
         settings: section [checkpoint].
         on_saved: told of every checkpoint that is complete.
+        run: its name, where the folder may be another run's.
     """
 
     def __init__(
@@ -170,8 +171,10 @@ class Checkpointer:
         folder: Folder,
         settings: Checkpoint,
         on_saved: Callable[[Saved], None] = lambda saved: None,
+        run: str = "",
     ) -> None:
         self.folder, self.settings, self._on_saved = folder, settings, on_saved
+        self._run_name = run
         self.limit = timedelta(seconds=settings.time_limit)
         self.saved_step: int | None = None
         """The newest step that is known to be complete."""
@@ -207,9 +210,10 @@ class Checkpointer:
 
         Raises:
             UserError: all are damaged, there is none of the name, or there are some and
-                are not wanted.
+                are not wanted or are another run's.
         """
         named = self.settings.resume_from
+        self._check_own()
         if self.steps() and not self.settings.resume:
             raise UserError(
                 f"{self.folder} holds checkpoints of an earlier run and "
@@ -231,6 +235,21 @@ class Checkpointer:
                 raise UserError(f"checkpoint.resume_from: {damage}; name another")
         return found
 
+    def _check_own(self) -> None:
+        """Refuse the folder of another run: each would take the other's for its own."""
+        if not self._run_name:
+            return
+        found = (self._settings_of(step) or {} for step in reversed(self.steps()))
+        names = (settings.get("job", {}).get("name") for settings in found)
+        owner = next((name for name in names if name), self._run_name)
+        if owner != self._run_name:
+            raise UserError(
+                f"checkpoint.folder = {self.folder} has the checkpoints of job.name "
+                f"{owner!r}: name another folder, and to start from that run add "
+                f"--checkpoint.resume_from {self.folder}, or for its weights alone "
+                f"--model.checkpoint {self.folder}"
+            )
+
     def _find_from(self, first: int) -> Folder:
         """The newest of the course that began at a step, or that step's checkpoint."""
         steps = [step for step in self.steps() if step >= first]
@@ -250,12 +269,18 @@ class Checkpointer:
         return found
 
     def _is_of_this_course(self, step: int) -> bool:
-        try:
-            settings = tomli.loads(read_config(self.path(step)))
-        except UserError:
+        settings = self._settings_of(step)
+        if settings is None:
             return True  # it is damaged, and will be found so
         begun_from = settings.get("checkpoint", {}).get("resume_from")
         return begun_from == self.settings.resume_from
+
+    def _settings_of(self, step: int) -> dict[str, dict[str, Any]] | None:
+        """Those that a checkpoint was made with; None where they are damaged."""
+        try:
+            return tomli.loads(read_config(self.path(step)))
+        except UserError:
+            return None
 
     def _find_good(self, steps: list[int]) -> Folder | None:
         """The newest of these that is as it was written."""

@@ -13,6 +13,7 @@ from typing import IO
 
 from taehv.distributed import World, from_main
 from taehv.errors import UserError
+from taehv.storage import Folder
 
 log = logging.getLogger("taehv")
 
@@ -23,31 +24,44 @@ UNFINISHED = (".*.part", "samples/.*.part", "export/**/.*.part")
 
 
 @contextmanager
-def alone(folder: Path, world: World) -> Iterator[None]:
+def alone(
+    folder: Path, world: World, checkpoints: Folder | None = None
+) -> Iterator[None]:
     """Keep other runs out of a run's folder, and clear up what killed ones have left.
 
     A collective. The main process locks a file, which the system undoes however that
     process ends. Where there is no such file or lock, nothing is kept out.
 
+    Args:
+        folder: of the run.
+        world: its processes.
+        checkpoints: of the run, which others are kept out of if it is on this machine.
+
     Raises:
         UserError: another run writes there.
     """
+    places = {folder: "--job.name"}
+    if checkpoints is not None and checkpoints.is_local:
+        path = Path(checkpoints.path)
+        if not path.resolve().is_relative_to(folder.resolve()):
+            places[path] = "--checkpoint.folder"
     with ExitStack() as stack:
-        is_mine = True
-        if world.is_main:
-            is_mine = stack.enter_context(_locked(lock_of(folder)))
-        if not from_main(int(is_mine)):
-            raise UserError(
-                f"another run writes to {folder}: wait for its end, or choose another "
-                "--job.name"
-            )
+        for place, setting in places.items():
+            is_mine = True
+            if world.is_main:
+                is_mine = stack.enter_context(_locked(lock_of(place)))
+            if not from_main(int(is_mine)):
+                raise UserError(
+                    f"another run writes to {place}: wait for its end, or choose "
+                    f"another {setting}"
+                )
         if world.is_main:
             _clear(folder)
         yield
 
 
 def lock_of(folder: Path) -> Path:
-    """Beside a run's folder, which only a run that can begin makes."""
+    """Beside a folder, which only a run that can begin makes."""
     return folder.with_name(f".{folder.name}.lock")
 
 

@@ -91,11 +91,16 @@ def train(config: Config) -> None:
         with (
             StopSignal() as stop,
             Watchdog(world, stop, folder / "stalled", patience) as watchdog,
-            alone(folder, world),
+            alone(folder, world, checkpoints_of(config)),
         ):
             trainer = Trainer(config, world, stop, watchdog)
             with trainer.checkpointer, closing(trainer):
                 trainer.run()
+
+
+def checkpoints_of(config: Config) -> Folder:
+    """Where the checkpoints of a run lie."""
+    return Folder(config.checkpoint.folder or config.job.folder / "checkpoints")
 
 
 @dataclass
@@ -171,9 +176,10 @@ class Trainer:
         self._find_clips()
         check_agreement({"list of training files": self._clips_hash()})
         self.checkpointer = Checkpointer(
-            Folder(config.checkpoint.folder or self.folder / "checkpoints"),
+            checkpoints_of(config),
             config.checkpoint,
             self._tell_saved,
+            config.job.name if config.checkpoint.folder else "",
         )
         self.exports = Exports(self.folder / "export")
         origin = self.checkpointer.find()

@@ -19,7 +19,7 @@ from taehv.checkpointer import POLL_STEPS, Checkpointer, Saved, texts_beside
 from taehv.config import dumps
 from taehv.distributed import started
 from taehv.errors import UserError
-from taehv.sections import Checkpoint, Config, Parallelism
+from taehv.sections import Checkpoint, Config, Job, Parallelism
 from taehv.storage import MANIFEST, Folder, HashedFiles
 
 
@@ -381,6 +381,22 @@ def test_resuming_from_another_folder(tmp_path: Path) -> None:
         resuming(tmp_path / "newer", str(tmp_path / "old")).find()
     with pytest.raises(UserError, match="has no complete checkpoint"):
         resuming(tmp_path / "newer", str(tmp_path / "nowhere")).find()
+
+
+def test_the_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    """But not as what a run of another folder starts from."""
+    folder, config = Folder(tmp_path / "first"), dumps(Config(job=Job("first")))
+    first = Checkpointer(folder, Checkpoint(keep=0), run="first")
+    for step in (1, 2):
+        first.save(step, tensors(step), texts_beside({}, config if step == 1 else "?"))
+    first.wait()
+    told = rf"checkpoint.folder = {folder} has the checkpoints of job.name 'first'"
+    with pytest.raises(UserError, match=told):
+        Checkpointer(folder, Checkpoint(), run="second").find()
+    assert Checkpointer(folder, Checkpoint(), run="first").find().name[-6:] == "step-2"
+    settings = Checkpoint(resume_from=str(folder))
+    second = Checkpointer(Folder(tmp_path / "second"), settings, run="second")
+    assert value_in(second.find()) == 2
 
 
 def test_not_resuming(tmp_path: Path) -> None:

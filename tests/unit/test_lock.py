@@ -17,6 +17,7 @@ from taehv.distributed import World, started
 from taehv.errors import UserError
 from taehv.lock import alone, lock_of
 from taehv.sections import Parallelism
+from taehv.storage import Folder
 from taehv.trainer import train
 
 HOLD = """
@@ -66,6 +67,24 @@ def test_a_run_waits_for_one_that_dies(
         assert holder.wait(10) == -9
     with alone(tmp_path / "run", world):
         pass
+
+
+def test_checkpoints_elsewhere_are_locked_too(
+    tmp_path: Path,
+    holder: subprocess.Popen[bytes],
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("taehv.lock.PATIENCE", 0.1)
+    told = f"{tmp_path}/run: wait for its end, or choose another --checkpoint.folder"
+    with (
+        pytest.raises(UserError, match=told),
+        alone(tmp_path / "other", world, Folder(f"file://{tmp_path}/run/")),
+    ):
+        pass
+    for own in (tmp_path / "mine", tmp_path / "mine/checkpoints", "memory://run"):
+        with alone(tmp_path / "mine", world, Folder(own)):
+            pass
 
 
 def test_without_locks_a_run_goes_on(
