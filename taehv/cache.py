@@ -394,10 +394,49 @@ class _Shard:
     states: dict[str, list[int]]
 
 
+Place = tuple[Part, int]
+"""Of a shard: its part and number."""
+
+
 def _sound_shards(
     folder: Path, counts: dict[Part, int], rules: Variant
 ) -> dict[Part, list[_Shard]]:
     """Each part's shards, without those that are missing or damaged."""
+    results = _verified_shards(folder, counts, rules)
+    sound = [(place, r) for place, r in results.items() if isinstance(r, _Shard)]
+    if left_out := sum(counts.values()) - len(sound):
+        log.warning(
+            f"left out {left_out} of {sum(counts.values())} shards of {folder}: "
+            f"{_told_bad(counts, results, left_out)}; run python -m taehv.precompute "
+            "again, which writes them anew"
+        )
+    return {
+        part: [shard for place, shard in sound if place[0] == part] for part in PARTS
+    }
+
+
+def remove_damaged(folder: Path, counts: dict[Part, int], rules: Variant) -> set[Place]:
+    """Verify what is new or changed, and name and remove the shards that are damaged.
+
+    Returns:
+        The sound ones.
+    """
+    results = _verified_shards(folder, counts, rules)
+    damaged = {p: r for p, r in results.items() if isinstance(r, ShardError)}
+    for place in damaged:
+        for suffix in ("json", "frames", "latents"):
+            shard_path(folder, *place, suffix).unlink(missing_ok=True)
+    if damaged:
+        names = [f"{part}/shard-{n:06} ({r})" for (part, n), r in damaged.items()]
+        more = f" and {len(names) - NAMED} more" * (len(names) > NAMED)
+        log.warning(f"writing anew what is damaged: {', '.join(names[:NAMED])}{more}")
+    return results.keys() - damaged.keys()
+
+
+def _verified_shards(
+    folder: Path, counts: dict[Part, int], rules: Variant
+) -> dict[Place, _Shard | ShardError]:
+    """The shards that are there, or what is wrong with them; notes what is verified."""
     verified = _read_verified(folder)
     # Not by counting up to what cache.json says, which may be any number.
     places = [
@@ -410,18 +449,10 @@ def _sound_shards(
     with ThreadPoolExecutor(worker_count(-1)) as pool:
         opened = functools.partial(_opened_shard, folder, rules, verified)
         results = dict(zip(places, pool.map(opened, places), strict=True))
-    sound = [(place, r) for place, r in results.items() if isinstance(r, _Shard)]
-    if left_out := sum(counts.values()) - len(sound):
-        log.warning(
-            f"left out {left_out} of {sum(counts.values())} shards of {folder}: "
-            f"{_told_bad(counts, results, left_out)}; delete what is left of them and "
-            "run python -m taehv.precompute again"
-        )
-    states = {key: state for _, shard in sound for key, state in shard.states.items()}
+    sound = [shard for shard in results.values() if isinstance(shard, _Shard)]
+    states = {key: state for shard in sound for key, state in shard.states.items()}
     note_verified(folder, {k: v for k, v in states.items() if verified.get(k) != v})
-    return {
-        part: [shard for place, shard in sound if place[0] == part] for part in PARTS
-    }
+    return results
 
 
 def _numbers_there(folder: Path, part: Part) -> list[int]:
@@ -434,7 +465,7 @@ def _numbers_there(folder: Path, part: Part) -> list[int]:
 
 def _told_bad(
     counts: dict[Part, int],
-    results: dict[tuple[Part, int], _Shard | ShardError],
+    results: dict[Place, _Shard | ShardError],
     left_out: int,
 ) -> str:
     """The first shards that are missing or damaged, and how many more there are."""
@@ -450,7 +481,7 @@ def _told_bad(
 
 
 def _opened_shard(
-    folder: Path, rules: Variant, verified: dict[str, Any], place: tuple[Part, int]
+    folder: Path, rules: Variant, verified: dict[str, Any], place: Place
 ) -> _Shard | ShardError:
     """A verified shard, or what is wrong with it."""
     states = {}

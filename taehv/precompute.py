@@ -7,6 +7,7 @@ python -m taehv.precompute --config FILE --data.cache FOLDER
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import sys
 import time
@@ -37,6 +38,7 @@ from taehv.cache import (
     note_verified,
     read_about,
     read_shard,
+    remove_damaged,
     to_jpeg,
     write_about,
 )
@@ -51,7 +53,7 @@ from taehv.distributed import (
     started,
 )
 from taehv.errors import UserError, run_command
-from taehv.files import relative_path
+from taehv.files import relative_path, sources_of
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.logging import clock, log, set_up_console
@@ -60,7 +62,9 @@ from taehv.rules import check_frames, check_size
 from taehv.sampler import SAMPLER_VERSION
 from taehv.sections import Config, Data, Parallelism
 from taehv.teacher import Teacher, check_teacher, load_teacher
+from taehv.urls import is_url
 from taehv.variants import VARIANTS
+from taehv.video import DISK_ERRORS
 from taehv.watchdog import Watchdog
 
 # A process that has finished waits for the others, which may have hours to go;
@@ -94,12 +98,31 @@ def check_precompute(config: Config) -> None:
         raise UserError("data.cache is empty: name the folder to write")
     if not config.teacher.kind:
         raise UserError("teacher.kind is empty: name the teacher whose latents to keep")
+    _check_apart(config.data)
     check_size(config, "cache")
     check_frames(config, "cache")
     cache = config.cache
     window = cache.frames, cache.height, cache.width
     for shape in config.data.shapes:
         check_fit(VARIANTS[config.model.variant], config.data.shaped(shape), window)
+
+
+def _check_apart(data: Data) -> None:
+    """Refuse to mix a new cache with the videos."""
+    folder = os.path.realpath(os.path.expanduser(data.cache))
+    if os.path.exists(os.path.join(folder, "cache.json")):
+        return
+    for source in sources_of(data):
+        place = source.root or source.base
+        if is_url(place):
+            continue
+        videos = os.path.realpath(place)
+        shared = os.path.commonpath([folder, videos])
+        if shared == folder or (source.root and shared == videos):
+            raise UserError(
+                f"data.cache = {data.cache} holds the videos of {place} or lies among "
+                "them: name another folder"
+            )
 
 
 @dataclass(frozen=True)
@@ -281,16 +304,27 @@ class Precompute:
         return teacher
 
     def run(self) -> None:
-        """Write this process's share of the shards that are missing."""
-        with self._claimed_folder():
-            self._write_missing()
+        """Write this process's share of the shards that are missing or damaged.
+
+        Raises:
+            UserError: the disk is full, or the like.
+        """
+        try:
+            with self._claimed_folder():
+                self._write_missing()
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(
+                f"cannot write to data.cache = {self.folder} ({error.strerror}): mend "
+                "that, and the same command goes on"
+            ) from error
 
     def _write_missing(self) -> None:
         # Before so many shards are listed as no disk could hold.
         self._check_room(self.counts, shutil.disk_usage(self.folder).total)
-        missing = [shard for shard in self._shards() if not self._is_complete(shard)]
+        missing = self._missing()
         self._announce(missing)
-        dist.barrier()  # nobody writes before everybody has seen what is missing
         own = missing[self.world.rank :: self.world.size]
         try:
             self._write(own)
@@ -298,6 +332,15 @@ class Precompute:
         finally:
             self.writing.close()
         self._hand_over()
+
+    def _missing(self) -> list[Shard]:
+        """The shards to write, the damaged ones among them; the first process looks."""
+        found: list[Any] = [None]
+        if self.world.is_main:
+            counts = self._about()["shards"]
+            found = [remove_damaged(self.folder, counts, self.variant)]
+        dist.broadcast_object_list(found, src=0)
+        return [s for s in self._shards() if (s.part, s.number) not in found[0]]
 
     def _shards(self) -> list[Shard]:
         size = self.config.cache.shard_windows

@@ -47,7 +47,7 @@ from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
-from taehv.precompute import precompute
+from taehv.precompute import check_precompute, precompute
 from taehv.sampler import Steps
 from taehv.sections import Data, Parallelism, Teacher
 from taehv.teacher import load_teacher
@@ -258,7 +258,7 @@ def test_no_frame_is_paired_with_the_latent_of_another(
     variant = VARIANTS[name]
     make_video(tmp_path / "numbered.mp4", 80, size=(64, 64))
     folder = make_cache(
-        tmp_path,
+        tmp_path / "*.mp4",
         tmp_path / "cache",
         **{"data.holdout": "", "teacher.kind": "cache_teachers:Numbered"},
         **{"teacher.path": name, "model.variant": name, "data.color_jitter": 0},
@@ -625,14 +625,19 @@ def test_a_folder_is_written_by_one_command_at_a_time(
     assert len(Cache.open(copied, "taehv").train) == 14
 
 
-def test_what_was_deleted_or_cut_short_is_written_again(
-    videos: Path, cache: Path, copied: Path
+def test_what_was_deleted_or_damaged_is_written_again(
+    videos: Path, cache: Path, copied: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (copied / "train/shard-000000.json").unlink()
     (copied / "train/shard-000001.frames").write_bytes(b"short")
     (copied / "validation/shard-000000.latents").unlink()
+    flip_byte(copied / "train/shard-000002.latents", 77)
     make_cache(videos, copied)
     assert contents(copied) == contents(cache)
+    told = capfd.readouterr().err
+    assert "anew what is damaged: train/shard-000001 (frames has 5 of" in told
+    assert "train/shard-000002 (latents are damaged), valid" in told
+    assert "train/shard-000000" not in told
 
 
 def test_interrupted_precompute_goes_on(
@@ -750,6 +755,33 @@ def test_a_full_disk_is_told_unless_nothing_is_to_be_written(
     with pytest.raises(UserError, match="0.0 GiB more and the disk .* lower") as raised:
         make_cache(videos, copied)
     assert "\n" not in str(raised.value)
+
+
+def test_a_write_that_fails_is_told_in_one_line(
+    videos: Path, cache: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    (copied / "train/shard-000002.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(taehv.cache._HashedFile, "write", fail)
+        with pytest.raises(UserError, match=r"File too large\): mend that") as raised:
+            make_cache(videos, copied)
+    assert "\n" not in str(raised.value)
+    make_cache(videos, copied)
+    assert contents(copied) == contents(cache)
+
+
+def test_a_new_cache_lies_apart_from_the_videos(videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(videos)
+    for folder in (videos, videos / "cache", videos.parent, tmp_path / "link/cache"):
+        with pytest.raises(UserError, match="or lies among them") as raised:
+            make_cache(videos, folder)
+        assert "\n" not in str(raised.value)
+    assert not list(videos.rglob("*.json"))
+    listed = {"data__root": "", "data__annotations": tmp_path / "list.txt"}
+    check_precompute(read_config(arguments(videos, tmp_path / "cache", **listed)))
 
 
 def test_latents_beyond_float16_name_their_window(videos: Path, tmp_path: Path) -> None:
