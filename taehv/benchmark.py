@@ -11,7 +11,7 @@ import argparse
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -26,10 +26,11 @@ from taehv.bench_start import bench_start
 from taehv.bench_teacher import bench_teacher
 from taehv.bench_train import bench_train
 from taehv.distributed import started
-from taehv.errors import UserError, run_command
+from taehv.errors import Parser, UserError, run_command
 from taehv.logging import set_up_console
 from taehv.measure import Report
 from taehv.sections import Parallelism
+from taehv.urls import local_path
 
 PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
     "train": (bench_train, "training steps; the default"),
@@ -45,13 +46,6 @@ PARTS: dict[str, tuple[Callable[[Bench], None], str]] = {
 
 def _listed(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message} (--help lists the options)")
 
 
 OPTIONS: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
@@ -114,15 +108,19 @@ OPTIONS: dict[str, tuple[Callable[[str], Any], str, str, str]] = {
 RECIPE_OPTIONS: dict[str, tuple[Callable[[str], Any], Any, str]] = {
     "study": (Path, Path("tests/gpu/recipe.toml"), "file of what is compared"),
     "stages": (_listed(), None, "which of its stages; by default all"),
-    "output": (Path, Path("outputs/recipe"), "folder that keeps results and tables"),
+    "output": (
+        local_path,
+        Path("outputs/recipe"),
+        "folder that keeps results and tables",
+    ),
     "also": (str, None, "folder of other videos, to be judged before and after"),
     "seconds-limit": (float, None, "no training begins that would not end by then"),
 }
 """What each option is read by, its default, and its help."""
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, (_, text) in PARTS.items():
@@ -145,7 +143,7 @@ def _parser() -> _Parser:
         metavar="SECTION.SETTING=VALUE",
         help="with --recipe: a setting of all arms; may come several times",
     )
-    parser.add_argument("--json", type=Path, help="file that takes all results")
+    parser.add_argument("--json", type=local_path, help="file that takes all results")
     return parser
 
 

@@ -220,13 +220,32 @@ def checkpoint_in(folder: Folder) -> Folder:
     """
     if folder.has(METADATA):
         return folder
+    settings = tomli.loads(read_config(folder)).get("checkpoint", {})
+    named, told = settings.get("folder"), ""
+    if isinstance(named, str) and named:
+        if (found := _newest_at(named)) is not None:
+            return found
+        told = f", nor has {named!r}, which its {CONFIG} names"
     for checkpoints in (folder / "checkpoints", folder):
         if steps := complete_steps(checkpoints):
             return step_folder(checkpoints, steps[-1])
     raise UserError(
-        f"{folder} has no complete checkpoint: give a run's folder "
+        f"{folder} has no complete checkpoint{told}: give a run's folder "
         "(outputs/NAME) or a checkpoint's (outputs/NAME/checkpoints/step-N)"
     )
+
+
+def _newest_at(named: str) -> Folder | None:
+    """The newest checkpoint where the settings of a run say that they lie."""
+    try:
+        checkpoints = Folder(named)
+        steps = complete_steps(checkpoints)
+    except UserError:
+        raise
+    except Exception as error:  # every package for a kind of place has its own
+        told = f"cannot read {named!r}, the run's checkpoint.folder ({reason(error)})"
+        raise UserError(f"{told}: give the folder of a checkpoint") from None
+    return step_folder(checkpoints, steps[-1]) if steps else None
 
 
 def save_weights_only(

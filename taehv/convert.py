@@ -15,8 +15,9 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from taehv.checkpoint import reason, save_weights_only
-from taehv.errors import UserError, run_command
+from taehv.errors import Parser, UserError, run_command
 from taehv.pretrained import load_model
+from taehv.urls import local_path
 from taehv.variants import VARIANTS
 from taehv.weights import save_weights
 
@@ -72,11 +73,13 @@ def convert(
 
 def main() -> None:
     """Read the command line and convert."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", help="run, checkpoint, URL of one, or weights file")
-    parser.add_argument("target", type=Path, help=".pth, .safetensors or new folder")
+    parser.add_argument(
+        "target", type=local_path, help=".pth, .safetensors or new folder"
+    )
     parser.add_argument("--weights", choices=("ema", "model"), help="averaged or raw")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--variant", choices=VARIANTS, help="where nothing tells it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import difflib
 import os
@@ -27,6 +28,13 @@ STOPPED = "stopped at once"
 
 class RestartError(RuntimeError):
     """An end from which the same command goes on; the text is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message} (--help lists the options)")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -40,7 +40,7 @@ from taehv.comparison import (
     summary_rows,
 )
 from taehv.comparison_page import write_comparison
-from taehv.errors import UserError, run_command
+from taehv.errors import Parser, UserError, run_command
 from taehv.files import READERS, FileList
 from taehv.logging import set_up_console
 from taehv.losses import psnr
@@ -58,12 +58,14 @@ from taehv.pretrained import (
     add_device_arguments,
     choose_device,
     choose_dtype,
+    is_folder,
     load_model,
     place,
 )
 from taehv.sections import Data
 from taehv.sections import Teacher as TeacherSettings
 from taehv.teacher import Teacher, check_teacher, load_teacher
+from taehv.urls import local_path
 from taehv.variants import FRAME_RULES, Variant
 from taehv.video import Crop, VideoError, decode_window, probe
 from taehv.writing import write_text
@@ -162,7 +164,7 @@ def _raw_frames(variant: Variant, latents: int, upscale: int) -> list[int]:
 
 
 def load_students(
-    sources: Sequence[Path],
+    sources: Sequence[str],
     names: Sequence[str],
     previews: Sequence[str],
     variant: str | None,
@@ -171,7 +173,7 @@ def load_students(
     """Every checkpoint, each followed by its previews."""
     students = []
     for source, name in zip(sources, names, strict=True):
-        kind = weights if source.is_dir() else None
+        kind = weights if is_folder(source) else None
         for preview in ("", *previews):
             model, about = load_model(
                 source, variant, kind, **PREVIEWS.get(preview, {})
@@ -179,7 +181,7 @@ def load_students(
             size = sum(parameter.numel() for parameter in model.parameters())
             told = {
                 **about,
-                "source": str(source),
+                "source": source,
                 "variant": model.variant_name,
                 "parameters": f"{size / 1e6:.1f} M",
             }
@@ -188,18 +190,19 @@ def load_students(
     return students
 
 
-def choose_names(sources: Sequence[Path], asked: Sequence[str]) -> list[str]:
+def choose_names(sources: Sequence[str], asked: Sequence[str]) -> list[str]:
     """A short name for each: the run's or file's, or where that is shared the path."""
     if asked:
         if len(asked) != len(sources) or len(set(asked)) != len(asked):
             raise UserError("--names must be as many, all different, as checkpoints")
         return list(asked)
     names = [
-        path.resolve().stem if path.is_file() else _run_name(path) for path in sources
+        path.resolve().stem if path.is_file() else _run_name(path)
+        for path in map(Path, sources)
     ]
     names = [
-        name if names.count(name) == 1 else str(path)
-        for name, path in zip(names, sources, strict=True)
+        name if names.count(name) == 1 else source
+        for name, source in zip(names, sources, strict=True)
     ]
     if len(set(names)) != len(names):
         raise UserError("a checkpoint is named twice: leave one out")
@@ -429,7 +432,6 @@ def evaluate(arguments: argparse.Namespace) -> Comparison:
     """Do what the command line says; see `main`."""
     device = choose_device(arguments.device)
     dtype = choose_dtype(arguments.precision, device)
-    output = make_folder(arguments.output)
     extra = load_measures(arguments.lpips, arguments.st_lpips, arguments.vmaf, device)
     files = find_files(arguments.videos)
     names = choose_names(arguments.checkpoints, arguments.names)
@@ -446,6 +448,7 @@ def evaluate(arguments: argparse.Namespace) -> Comparison:
     for student in students:
         place(student.model, device, dtype)
     teacher = find_teacher(arguments, students, clips, device)
+    output = make_folder(arguments.output)
     entrants = [*students, *([teacher] if teacher else [])]
     judge = Judge(entrants, teacher, device, extra)
     for number, clip in enumerate(tqdm(clips, unit="clip", disable=None, leave=False)):
@@ -530,6 +533,11 @@ def main() -> None:
             raise UserError(f"--{name} {value} must be at least {least}")
     if arguments.teacher_path and not arguments.teacher_kind:
         raise UserError("--teacher-path needs --teacher-kind: name the kind")
+    if arguments.teacher_kind in FRAME_RULES and not arguments.teacher_path:
+        raise UserError(
+            f"--teacher-kind {arguments.teacher_kind} needs --teacher-path: a folder "
+            "or hub id"
+        )
     set_up_console(0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -541,19 +549,23 @@ def main() -> None:
     print(f"\n{len(comparison.clips)} clips; {arguments.output / 'report.html'}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add(
         "checkpoints",
-        type=Path,
         nargs="+",
-        help="runs, checkpoints, .pth or .safetensors",
+        help="runs, checkpoints, URLs of them, .pth or .safetensors",
     )
-    add("--videos", type=Path, required=True, help="folder, list, or one")
-    add("--output", type=Path, default=Path("evaluation"), help="folder of the results")
+    add("--videos", type=local_path, required=True, help="folder, list, or one")
+    add(
+        "--output",
+        type=local_path,
+        default=Path("evaluation"),
+        help="folder of the results",
+    )
     add("--names", nargs="+", default=[], help="of the checkpoints, in the tables")
     add(
         "--preview",

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from taehv.errors import UserError, run_command
+from taehv.errors import Parser, UserError, run_command
 from taehv.files import VIDEO_SUFFIXES
 from taehv.logging import set_up_console
 from taehv.media import (
@@ -53,6 +53,7 @@ from taehv.pretrained import (
     place,
 )
 from taehv.streaming import StreamingTAEHV
+from taehv.urls import local_path
 from taehv.variants import CHUNK_FRAMES
 from taehv.video import TimedFrame, TimedFrames, VideoError, VideoWriter
 
@@ -668,14 +669,24 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--side-by-side needs the input's and the output's frames")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("checkpoint", help="run, checkpoint, URL of one, .pth or .safetensors")
-    add("inputs", type=Path, nargs="+", help="videos, folders of videos or of images")
-    add("--output", type=Path, default=Path("reconstructed"), help="folder or file")
+    add(
+        "inputs",
+        type=local_path,
+        nargs="+",
+        help="videos, folders of videos or of images",
+    )
+    add(
+        "--output",
+        type=local_path,
+        default=Path("reconstructed"),
+        help="folder or file",
+    )
     add("--to", choices=SUFFIXES, help="default: what the input is")
     add("--latents", action="store_true", help="inputs are latents, to be decoded")
     add(

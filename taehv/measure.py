@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from taehv.errors import UserError
+
 T = TypeVar("T")
 
 STEPS_AHEAD = 2
@@ -236,11 +238,19 @@ class Report:
         about: what was measured with: device, versions.
         path: of the JSON file, or None.
         speaks: whether this process prints and writes.
+
+    Raises:
+        UserError: the file's folder cannot be written to.
     """
 
     def __init__(
         self, about: dict[str, Any], path: Path | None, speaks: bool = True
     ) -> None:
+        if path is not None and speaks and not os.access(path.parent, os.W_OK):
+            raise UserError(
+                f"{path.parent} is no folder that can be written to: name another for "
+                f"{path.name}"
+            )
         self.content: dict[str, Any] = {**about, "tables": {}}
         self.path, self.speaks = path, speaks
         self.say(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -42,7 +42,7 @@ def load_model(
     Raises:
         UserError: the source cannot be read, or fits no variant.
     """
-    if _is_folder(source):
+    if is_folder(source):
         state_dict, about = load_weights(source, weights)
     elif weights is not None:
         raise UserError(f"--weights {weights} is for checkpoints; {source} is none")
@@ -64,13 +64,13 @@ def initial_model(settings: Model, resumes: bool = False) -> TAEHV:
             model.init_weights(initialization=settings.initialization)
         return model
     path = os.path.expanduser(settings.checkpoint)
-    if not _is_folder(path):
+    if not is_folder(path):
         return TAEHV.from_pretrained(path, settings.variant)
     weights, about = load_weights(path)
     return TAEHV.from_state_dict(weights, about, settings.variant, source=path)
 
 
-def _is_folder(source: str | os.PathLike[str]) -> bool:
+def is_folder(source: str | os.PathLike[str]) -> bool:
     """Whether it is one, as everything elsewhere is taken to be."""
     return is_url(source) or Path(source).is_dir()
 

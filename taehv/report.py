@@ -8,7 +8,6 @@ For runs that are done, under way, or were killed. Several runs share each chart
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -24,10 +23,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from taehv import page
 from taehv.best import best_validation
-from taehv.errors import UserError, run_command
+from taehv.errors import Parser, UserError, run_command
 from taehv.metrics import DECODER, MEASURES, measure_of
 from taehv.page import COLORS, Series
 from taehv.sections import Config
+from taehv.urls import local_path
 
 POINTS = 300
 """The most of one line: a longer one shows means of as many steps as it takes."""
@@ -503,13 +503,15 @@ def _draw(charts: Sequence[Chart], path: Path) -> None:
 
 def main() -> None:
     """Entry of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m taehv.report", description="Curves and pictures of runs."
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="its folder")
+    parser.add_argument(
+        "runs", nargs="+", type=local_path, metavar="RUN", help="its folder"
+    )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=local_path,
         help="folder for the report (default: RUN/report, or of several runs "
         "RUN-and-others beside the first)",
     )

@@ -87,6 +87,9 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 """Smallest and largest value of the settings that are single numbers."""
 
+LOCAL = ("job.output_dir", "data.cache", "data.index")
+"""Settings that no URL can stand for."""
+
 
 def check_config(config: Config) -> None:
     """Reject settings that cannot work together, before anything starts."""
@@ -95,6 +98,9 @@ def check_config(config: Config) -> None:
         if not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise UserError(f"{key} = {value} must be {bounds}")
+    for key in LOCAL:
+        if "://" in get(config, key):
+            raise UserError(f"{key} = {get(config, key)} is a URL: give a local path")
     resumed = config.checkpoint.resume_from
     if isinstance(resumed, int) and resumed < 0:
         raise UserError(f"checkpoint.resume_from = {resumed} must be at least 0")

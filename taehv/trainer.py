@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from shlex import quote
 
 import torch
@@ -56,6 +57,7 @@ from taehv.optim import Ema, learning_rate, new_optimizer
 from taehv.perceptual import load_measures
 from taehv.pretrained import initial_model
 from taehv.sampler import SAMPLER_VERSION, Buckets, Steps, toss
+from taehv.samples import FOLDER as SAMPLES
 from taehv.sections import Config
 from taehv.seraena import (
     SERAENA_GROUPS,
@@ -861,10 +863,11 @@ class Trainer:
             lines[-1] += ", ended early by validation.patience"
         if run.validations:
             first, last = run.validations[0], run.validations[-1]
+            before = f"{_db(first['psnr'])} at step {first['step']}, "
             lines += [
-                f"  validation PSNR  {_db(first['psnr'])} before, "
-                f"{_db(last['psnr'])} after (painting each clip in its mean colour: "
-                f"{_db(last['mean_color_psnr'])})",
+                f"  validation PSNR  {before if first is not last else ''}"
+                f"{_db(last['psnr'])} at step {last['step']} (painting each clip in "
+                f"its mean colour: {_db(last['mean_color_psnr'])})",
                 f"  pictures         {folder}/samples/step-{step}.png",
                 f"  video            {folder}/samples/step-{step}.mp4",
             ]
@@ -877,10 +880,13 @@ class Trainer:
             "clips of bad videos replaced",
             f"  curves           tensorboard --logdir {quote(f'{folder}/tensorboard')}",
             f"  report           python -m taehv.report {quote(str(folder))}",
-            "  next             train longer: raise --training.steps; on your own "
-            "videos: CONFIG_FILE=train_configs/autoencoder.toml ./run_train.sh "
-            "--data.root FOLDER --job.name NAME",
+            "  next             train longer: raise --training.steps",
         ]
+        if Path(self.config.data.root) == SAMPLES:
+            lines[-1] += (
+                "; on your own videos: CONFIG_FILE=train_configs/autoencoder.toml "
+                "./run_train.sh --data.root FOLDER --job.name NAME"
+            )
         return "\n".join(lines)
 
     def _told_best(self) -> list[str]:

@@ -5,12 +5,14 @@ Reading needs the package of that kind of place, such as s3fs or gcsfs.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import glob
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -21,6 +23,13 @@ from taehv.errors import UserError
 def is_url(location: str | os.PathLike[str]) -> bool:
     """Whether it names a place for fsspec, not a path."""
     return "://" in os.fspath(location)
+
+
+def local_path(text: str) -> Path:
+    """A path on a command line that takes no URLs there, as `type` of an argument."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL: give a local path")
+    return Path(text)
 
 
 def file_system(url: str) -> tuple[AbstractFileSystem, str]:

@@ -89,6 +89,7 @@ def test_mistakes_are_one_line(run: Run, tmp_path: Path) -> None:
         "without suffix": (weights, tmp_path / "x.onnx"),
         "is for checkpoints": (weights, tmp_path / "x.pth", "--weights", "ema"),
         "cannot write /proc/x.s": (weights, "/proc/x.safetensors"),
+        "target: s3://b/x.pth is a URL: give a local": (weights, "s3://b/x.pth"),
         "cannot write /proc/x/": (weights, "/proc/x/start"),
     }.items():
         with pytest.raises(UserError, match=told) as raised:

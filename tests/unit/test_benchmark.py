@@ -203,6 +203,8 @@ def test_a_batch_is_attempted() -> None:
         (["--teacher", "--teacher-rows", "live"], "no --teacher-rows 'live'"),
         (["--curves", "--ways", "published"], "--curves needs ways other than"),
         (["--curves", "--ways", "plain+seraena"], "--curves needs ways other than"),
+        (["--json", "/nowhere/x.json"], "/nowhere is no folder that can be written"),
+        (["--json", "s3://b/x.json"], "--json: s3://b/x.json is a URL"),
         (["--calls", "many"], "--calls: invalid int value: 'many'"),
     ],
 )

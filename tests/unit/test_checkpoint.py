@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path, PosixPath
@@ -31,6 +32,7 @@ from taehv.checkpoint import (
     SafeReader,
     State,
     _read,
+    checkpoint_in,
     complete_steps,
     load,
     load_weights,
@@ -230,6 +232,32 @@ def test_an_incomplete_checkpoint_is_none(tmp_path: Path) -> None:
         shutil.copytree(path_of(checkpointer, 1), tmp_path / name)
     assert complete_steps(Folder(tmp_path)) == checkpointer.steps() == [1, 2]
     assert complete_steps(Folder(tmp_path / "nowhere")) == []
+
+
+def test_a_run_names_where_its_checkpoints_lie(tmp_path: Path) -> None:
+    """In settings that may come from anywhere."""
+    saved(tmp_path / "there", 1, 2)
+    run = tmp_path / "run"
+    saved(run / "checkpoints", 1)
+    for text, found in (
+        (f'folder = "{tmp_path}/there"', "there/step-2"),
+        (f'folder = "file://{tmp_path}/there"', "there/step-2"),
+        ('folder = ""', "run/checkpoints/step-1"),
+        ("folder = 3", "run/checkpoints/step-1"),
+        ('folder = "/nowhere"', "run/checkpoints/step-1"),
+    ):
+        (run / CONFIG).write_text(f"[checkpoint]\n{text}\n")
+        assert checkpoint_in(Folder(run)).name.endswith(f"{tmp_path}/{found}")
+    shutil.rmtree(run / "checkpoints")
+    for place, told in (
+        (r"a\nb", r"no complete checkpoint, nor has 'a\nb', which its config"),
+        ("nothing://x", "cannot reach nothing://x"),
+        ("reference://x", "cannot read 'reference://x', the run's checkpoint.folder"),
+    ):
+        (run / CONFIG).write_text(f'[checkpoint]\nfolder = "{place}"\n')
+        with pytest.raises(UserError, match=re.escape(told)) as raised:
+            checkpoint_in(Folder(run))
+        assert "\n" not in str(raised.value)
 
 
 def test_an_incomplete_checkpoint_counts_for_nothing_in_keep(tmp_path: Path) -> None:

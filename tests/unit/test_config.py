@@ -472,6 +472,7 @@ RULES = [
     (1, "--optim.betas=0.9,1", "two numbers from 0 to below 1"),
     (1, "--optim.betas=-0.1,0.9", "two numbers from 0 to below 1"),
     (1, "--job.name=", "job.name = '' must be a folder's name"),
+    (1, "--job.output_dir=s3://b/x", "job.output_dir = s3://b/x is a URL: give a"),
     (1, "--job.name=/runs/a", "must be a folder's name"),
     (1, "--model.variant=taew21", "did you mean taew2_1?"),
     (

@@ -310,6 +310,8 @@ def test_mistakes_are_one_line(
         "is not a whole": (tmp_path / "cut.safetensors", video),
         "not of variant taecvx": (taeh3, video, "--variant", "taecvx"),
         "looks like latents": (taehv, tmp_path / "z.pt"),
+        "--output: file:///x is a URL": (taehv, video, "--output", "file:///x"),
+        "inputs: memory://x is a URL": (taehv, "memory://x"),
         "must be from 0 to 51": (taehv, video, "--crf", 52),
         "holds no videos or images": (taehv, weights),
         "name a folder, or for a single input a .mp4": (
