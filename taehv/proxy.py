@@ -14,8 +14,8 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from taehv.errors import UserError
-from taehv.files import FileList, Source, sources_of
-from taehv.index import list_files
+from taehv.files import VIDEO_SUFFIXES, FileList, Source, sources_of
+from taehv.index import NAMED, list_files
 from taehv.loader import worker_count
 from taehv.pools import CRASHES, shared
 from taehv.sections import Config, Proxy
@@ -56,8 +56,10 @@ class Copier:
             reencode(
                 path, target, settings.height, settings.keyframe_interval, settings.crf
             )
-        except (VideoError, FileNotFoundError, *IN_THE_WAY) as error:
+        except VideoError as error:
             return str(error)
+        except (FileNotFoundError, *IN_THE_WAY) as error:
+            return f"{path}: {error}"
         return ""
 
 
@@ -80,12 +82,13 @@ def proxy_command(config: Config) -> None:
     _check_folder(folder, copier.settings)
     bad = []
     bar = tqdm(total=len(copier.files), unit="file", disable=None)
-    for i, reason in _copied(copier, worker_count(config.data.workers)):
+    for reason in _copied(copier, worker_count(config.data.workers)):
         bar.update()
         if reason:
             bad.append(reason)
-            log.warning(f"left out {copier.files[i]}: {reason}")
+            log.warning(f"left out {reason}")
     bar.close()
+    _tell_gone(copier)
     (folder / BAD_FILES).write_text(
         "".join(f"{reason}\n" for reason in sorted(bad)), errors="surrogateescape"
     )
@@ -95,6 +98,19 @@ def proxy_command(config: Config) -> None:
         + (f" (listed in {folder / BAD_FILES})" if bad else "")
         + f"; train from them with --data.root {folder}"
     )
+
+
+def _tell_gone(copier: Copier) -> None:
+    """Name copies of what is not listed any more, which the user may delete."""
+    wanted = {os.path.normpath(copier.target(i)) for i in range(len(copier.files))}
+    found = (str(path) for path in Path(copier.settings.folder).rglob("*"))
+    videos = (path for path in found if path.lower().endswith(VIDEO_SUFFIXES))
+    if gone := sorted(path for path in videos if path not in wanted):
+        more = f" and {len(gone) - NAMED} more" * (len(gone) > NAMED)
+        log.warning(
+            f"{len(gone)} copies are of videos that are not listed any more, and would "
+            f"be trained on: delete {', '.join(gone[:NAMED])}{more}"
+        )
 
 
 def _copier(config: Config) -> Copier:
@@ -144,13 +160,13 @@ def _check_folder(folder: Path, settings: Proxy) -> None:
         write_text(folder / ABOUT, json.dumps(about))
 
 
-def _copied(copier: Copier, workers: int) -> Iterator[tuple[int, str]]:
-    """Files as they are done, in any order."""
+def _copied(copier: Copier, workers: int) -> Iterator[str]:
+    """What is wrong with each file, or nothing, as they are done, in any order."""
     count = len(copier.files)
     if workers == 0:
-        yield from ((i, copier(i)) for i in range(count))
+        yield from map(copier, range(count))
         return
     with TemporaryDirectory(prefix="taehv-") as folder:
         sent = replace(copier, files=copier.files.save(folder))
         for i, reason in shared(sent, range(count), workers, "taehv.proxy"):
-            yield i, f"{copier.files[i]}: {CRASHES}" if reason is None else reason
+            yield f"{copier.files[i]}: {CRASHES}" if reason is None else reason

@@ -564,20 +564,26 @@ def _timed_frames(
     counted = _untimed(container, stream)
     rate = _rate(stream)
     first, last = None, -1
-    for number, frame in enumerate(container.decode(stream)):
-        if frame.is_corrupt and first is None:
-            continue  # before the first keyframe
-        if frame.is_corrupt:
-            raise VideoError(f"{path}: a frame is damaged")
-        if counted or frame.pts is None:
-            time = number / rate
-        else:
-            time = frame.pts * stream.time_base
+    whole = _whole_frames(path, container.decode(stream))
+    for number, (frame, pts) in enumerate(_in_time(whole)):
+        is_timed = not counted and pts is not None
+        time = pts * stream.time_base if is_timed else number / rate
         first = time if first is None else first
         if time - first <= last:
             raise VideoError(f"{path}: the times of its frames are out of order")
         last = time - first
         yield last, frame
+
+
+def _whole_frames(path: str, frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
+    """Those from the first keyframe on, none of which may be damaged."""
+    started = False
+    for frame in frames:
+        if frame.is_corrupt and started:
+            raise VideoError(f"{path}: a frame is damaged")
+        if not frame.is_corrupt:
+            started = True
+            yield frame
 
 
 class _Copier:

@@ -25,6 +25,7 @@ VARIABLE = [i * 40 + i * i % 37 + 500 * (i // 10) for i in range(40)]
     [
         ("b_frames.mp4", {"options": {"bf": "3", "g": "40"}}),
         ("variable.mp4", {"options": {"bf": "2"}, "times": VARIABLE}),
+        ("times_are_dts.mp4", {"options": {"bf": "2"}, "times_are_dts": True}),
         ("b_frames.avi", {"options": {"bf": "1"}}),
         ("raw.h264", {"options": {"bf": "2"}}),
         ("deep.mkv", {"pixel_format": "yuv444p10le"}),
@@ -76,7 +77,7 @@ def config(root: Path, workers: int = 0, **proxy: object) -> Config:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_data_set_is_copied_once(tmp_path: Path, capsys, workers: int):
+def test_a_data_set_is_copied_once(tmp_path: Path, capsys, caplog, workers: int):
     root, copies = tmp_path / "videos", tmp_path / "copies"
     (root / "sub").mkdir(parents=True)
     make_video(root / "a.mp4", frames=6)
@@ -85,6 +86,7 @@ def test_a_data_set_is_copied_once(tmp_path: Path, capsys, workers: int):
     cut = make_video(root / "cut.mp4", frames=40, options={"movflags": "+faststart"})
     cut.write_bytes(cut.read_bytes()[:-2000])
     proxy_command(config(root, workers))
+    assert f"left out {root / 'bad.mp4'}: Invalid data" in caplog.text
     told = capsys.readouterr().out
     assert "2 copies" in told and "2 bad files" in told
     found = sorted(str(p.relative_to(copies)) for p in copies.rglob("*.m*"))
@@ -97,6 +99,21 @@ def test_a_data_set_is_copied_once(tmp_path: Path, capsys, workers: int):
     proxy_command(config(root))
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert probe(str(copies / "sub" / "b.mkv")).height == 32
+
+
+def test_copies_of_what_is_gone_are_named_and_left(tmp_path: Path, caplog):
+    root = tmp_path / "videos"
+    root.mkdir()
+    make_video(root / "a.mp4", frames=2)
+    make_video(root / "b.mp4", frames=2)
+    proxy_command(config(root))
+    assert not caplog.records
+    (root / "b.mp4").unlink()
+    proxy_command(config(root))
+    (record,) = caplog.records
+    copy = tmp_path / "copies" / "b.mp4"
+    assert record.message.startswith("1 copies are of videos that are not listed")
+    assert record.message.endswith(f"delete {copy}") and copy.exists()
 
 
 def test_what_is_in_the_way_of_a_copy_is_told(tmp_path: Path, capsys):
