@@ -163,16 +163,22 @@ def written(name: str, found: Estimate | None, sign: str = "") -> str:
 
 def summary_rows(comparison: Comparison) -> list[list[str]]:
     """A row for each measure, a column for each model, names first."""
-    names = comparison.main_names()
-    rows = [["", *map(column_of, names)]]
-    for model in comparison.models:
-        means = model.means()
-        rows.append([model.name, *(written(name, means.get(name)) for name in names)])
-    return _turned(rows)
+    means = [model.means() for model in comparison.models]
+    rows = [["", *(model.name for model in comparison.models)]]
+    for name in comparison.main_names():
+        found = [of_model.get(name) for of_model in means]
+        head = _counted(name, found, len(comparison.clips))
+        rows.append([head, *(written(name, one) for one in found)])
+    return rows
 
 
-def _turned(rows: list[list[str]]) -> list[list[str]]:
-    return [list(column) for column in zip(*rows, strict=True)]
+def _counted(name: str, found: Sequence[Estimate | None], clips: int) -> str:
+    """A measure's name, and of how many clips its means are if not of all."""
+    counts = {one.clips for one in found if one is not None} or {clips}
+    if counts == {clips}:
+        return column_of(name)
+    told = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return f"{column_of(name)} ({told} of {clips} clips)"
 
 
 def speed_rows(comparison: Comparison) -> list[list[str]]:
@@ -202,13 +208,15 @@ def difference_rows(comparison: Comparison, of_first: bool = False) -> list[list
 
     A star marks an interval that leaves out zero: only there is one surely better.
     """
-    names = comparison.main_names()
-    rows = [["", *map(column_of, names)]]
-    for one, other, found in comparison.pairs():
-        if not of_first or one is comparison.models[0]:
-            cells = [_difference(name, found.get(name)) for name in names]
-            rows.append([f"{other.name} less {one.name}", *cells])
-    return _turned(rows)
+    pairs = comparison.pairs()
+    if of_first:
+        pairs = [pair for pair in pairs if pair[0] is comparison.models[0]]
+    rows = [["", *(f"{other.name} less {one.name}" for one, other, _ in pairs)]]
+    for name in comparison.main_names():
+        found = [differing.get(name) for _, _, differing in pairs]
+        head = _counted(name, found, len(comparison.clips))
+        rows.append([head, *(_difference(name, one) for one in found)])
+    return rows
 
 
 def _difference(name: str, found: Estimate | None) -> str:

@@ -95,7 +95,7 @@ def _charts(comparison: Comparison) -> list[str]:
             [
                 page.Series(
                     model.name,
-                    [clip + 1 for clip in sorted(model.values)],
+                    sorted(model.values),
                     [
                         model.values[clip].get(name, float("nan"))
                         for clip in sorted(model.values)
@@ -169,7 +169,7 @@ def _example(comparison: Comparison, clip: int, frames: Sequence[Tensor]) -> lis
     beside = side_by_side([tuple(frames)])
     order = ", ".join(["input", *names])
     return [
-        page.heading(f"Clip {clip + 1}: {comparison.clips[clip].file}", level=3),
+        page.heading(f"Clip {clip}: {comparison.clips[clip].file}", level=3),
         page.paragraph(psnr),
         page.video(_mp4(beside), f"From the left: {order}. {VIDEO_RATE} frames/s."),
         page.picture(strip, f"Errors are shown {ERROR_GAIN} times as bright."),
@@ -192,7 +192,7 @@ def _clip_table(comparison: Comparison) -> str:
         ]
         written = ["-" if value is None else f"{value:.2f}" for value in values]
         size = f"{clip.frames} x {clip.width} x {clip.height}"
-        rows.append([str(number + 1), clip.file, size, *written])
+        rows.append([str(number), clip.file, size, *written])
     return page.table(head, rows)
 
 

@@ -62,6 +62,7 @@ from taehv.pretrained import (
     load_model,
     place,
 )
+from taehv.rules import check_pupil
 from taehv.sections import Data
 from taehv.sections import Teacher as TeacherSettings
 from taehv.teacher import Teacher, check_teacher, load_teacher
@@ -95,6 +96,11 @@ class Student:
     name: str
     about: dict[str, str]
     model: TAEHV
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether its latents are meant to be a teacher's: not if trained without."""
+        return self.about.get("latent_space") != "own"
 
     def encode(self, frames_1TCHW: Tensor, number: int) -> Tensor:
         """Frames, RGB in [0, 1], to latents."""
@@ -242,7 +248,10 @@ def choose_rules(asked: int, side: int, variants: list[Variant], kind: str) -> R
         raise UserError(f"--frames {usual} do not come back whole from all: {cure}")
     multiple = math.lcm(*(variant.space_factor for variant in variants))
     # Reference VAEs need two latents in height and width.
-    return Rules(frames, max(side, 2 * multiple), multiple)
+    least = 2 * multiple
+    if side < least:
+        log.info(f"--side {side} is less than two latents: judging {least} x {least}")
+    return Rules(frames, max(side, least), multiple)
 
 
 def find_files(videos: Path) -> FileList:
@@ -338,7 +347,8 @@ class Judge:
                 variant = entrant.model.variant
                 positions = group_positions(variant, len(frames_TCHW))
             values = self._measured(frames_1TCHW[0], decoded_TCHW, positions)
-            if taught_1TCHW is not None and isinstance(entrant, Student):
+            is_pupil = isinstance(entrant, Student) and entrant.is_taught
+            if taught_1TCHW is not None and is_pupil:
                 values |= self._against_teacher(
                     entrant, frames_1TCHW[0], latents_1TCHW, taught_1TCHW
                 )
@@ -439,6 +449,7 @@ def evaluate(arguments: argparse.Namespace) -> Comparison:
         *(arguments.checkpoints, names, arguments.preview),
         *(arguments.variant, arguments.weights),
     )
+    check_pupils(arguments.teacher_kind, students)
     rules = choose_rules(
         *(arguments.frames, arguments.side),
         *([student.model.variant for student in students], arguments.teacher_kind),
@@ -469,6 +480,19 @@ def evaluate(arguments: argparse.Namespace) -> Comparison:
     return comparison
 
 
+def check_pupils(kind: str, students: list[Student]) -> None:
+    """Refuse models of another latent space than the teacher's; name those of none."""
+    for student in students:
+        if student.is_taught:
+            check_pupil(student.model.variant_name, kind)
+    own = [student.name for student in students if not student.is_taught]
+    if kind and own:
+        log.info(
+            "trained without a teacher, so that latents are their own and not compared "
+            f"with the teacher's: {', '.join(own)}"
+        )
+
+
 def find_teacher(
     arguments: argparse.Namespace,
     students: list[Student],
@@ -481,7 +505,9 @@ def find_teacher(
     if teacher is None:
         return None
     for student, clip in itertools.product(students, clips):
-        channels = student.model.variant.latent_channels
+        channels = teacher.latent_channels
+        if student.is_taught:
+            channels = student.model.variant.latent_channels
         check_teacher(teacher, channels, clip.frames, clip.height, clip.width)
     about = {"source": arguments.teacher_path, "variant": arguments.teacher_kind}
     return Reference("teacher", about, teacher)
@@ -577,8 +603,8 @@ def _parser() -> Parser:
     )
     add("--teacher-kind", default="", help="reference VAE to compare with, as in TOML")
     add("--teacher-path", default="", help="its folder or hub id")
-    add("--clips", type=int, default=0, help="default: one of each file, 32 at most")
-    add("--frames", type=int, default=0, help="of a clip; default: 33, or what fits")
+    add("--clips", type=int, default=0, help="0: one of each file, 32 at most")
+    add("--frames", type=int, default=0, help="of a clip; 0: 33, or what fits")
     add("--side", type=int, default=USUAL_SIDE, help="longer side of clips, in pixels")
     add("--examples", type=int, default=2, help="worst and best clips to show")
     add(

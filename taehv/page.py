@@ -21,8 +21,13 @@ from PIL import Image
 
 from taehv.writing import write_text
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Told apart by the colour-blind, too (Okabe and Ito, jfly.uni-koeln.de/color)."""
+COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"),
+    *("#882255", "#999933", "#332288", "#888888", "#661100", "#44aa99", "#aa4499"),
+    *("#b8860b", "#117733"),
+)
+"""The first seven are told apart by the colour-blind, too (Okabe and Ito,
+jfly.uni-koeln.de/color)."""
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
 MOST_DOTS = 150

@@ -20,6 +20,7 @@ from PIL import Image
 
 from taehv import TAEHV, VARIANTS, evaluate
 from taehv.checkpoint import save_weights_only
+from taehv.comparison import difference_rows, summary_rows
 from taehv.errors import UserError
 from taehv.evaluate import (
     as_full,
@@ -221,6 +222,34 @@ def test_a_preview_is_shown_at_its_times_and_enlarged(name: str, latents: int) -
     assert torch.equal(as_full(TAEHV(name), shown, latents_1TCHW), shown)
 
 
+def test_latents_of_their_own_are_not_compared(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, told = tmp_path / "own.safetensors", []
+    about = {"variant": "taehv", "latent_space": "own"}
+    save_weights(own, TAEHV("taehv").state_dict(), about)
+    monkeypatch.setattr(evaluate.log, "info", told.append)
+    run(
+        *(monkeypatch, own, place / "good.safetensors", "--output", tmp_path / "out"),
+        *("--videos", place / "videos/a.mp4", "--frames", 5, "--side", 3),
+        *("--examples", 0, "--teacher-kind", "cache_teachers:Projection"),
+    )
+    assert [text.split(": ")[-1] for text in told] == ["own", "judging 16 x 16"]
+    content = json.loads((tmp_path / "out/results.json").read_text())
+    found = ["latent_correlation" in m["values"]["0"] for m in content["models"]]
+    assert found == [False, True, False]
+
+
+def test_the_count_is_told_of_what_few_clips_have() -> None:
+    clips = [evaluate.JudgedClip(f"{i}.mp4", 0.5, 5, 16, 16) for i in range(3)]
+    values = {i: {"psnr": 30.0 + i, "ssim": 0.9} for i in range(3)}
+    del values[1]["ssim"]
+    models = [evaluate.Judged(name, {}, values) for name in "ab"]
+    comparison = evaluate.Comparison({}, clips, models)
+    for rows in (summary_rows(comparison), difference_rows(comparison)):
+        assert [row[0] for row in rows] == ["", "PSNR dB", "SSIM (2 of 3 clips)"]
+
+
 def test_every_kind_of_list_names_videos(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("path\nx/b.mp4\n")
     files = find_files(tmp_path / "a.csv")
@@ -301,7 +330,11 @@ def test_mistakes_are_one_line(
         "--clips -1": (good, "--videos", videos, "--clips", -1),
         "no hub id": (
             *(good, "--videos", videos, "--frames", 5, "--side", 32),
-            *("--teacher-kind", "wan", "--teacher-path", tmp_path / "none"),
+            *("--teacher-kind", "hunyuanvideo", "--teacher-path", tmp_path / "none"),
+        ),
+        "taehv cannot learn from teacher.kind = wan": (
+            *(good, "--videos", videos, "--teacher-kind", "wan"),
+            *("--teacher-path", tmp_path / "none"),
         ),
     }.items():
         if "--output" not in arguments:
