@@ -56,9 +56,12 @@ def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:
     return config
 
 
-def read_config(argv: Sequence[str]) -> Config:
-    """As load_config, without the checks of how processes share a training step."""
-    arguments = _parser().parse_args(_expanded(argv))
+def read_config(argv: Sequence[str], prog: str | None = None) -> Config:
+    """As load_config, without the checks of how processes share a training step.
+
+    `prog` is what --help calls the program.
+    """
+    arguments = _parser(prog).parse_args(_expanded(argv))
     config = Config()
     if arguments.config:
         _merge(config, _read_toml(Path(arguments.config)), arguments.config)
@@ -228,8 +231,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message} (--help lists the settings)")
 
 
-def _parser() -> _Parser:
+def _parser(prog: str | None) -> _Parser:
     parser = _Parser(
+        prog=prog,
         usage="%(prog)s --config FILE [--section.setting VALUE ...]",
         description=__doc__.splitlines()[0],
         allow_abbrev=False,

@@ -229,11 +229,17 @@ def validation_batches(
 def main() -> None:
     """Run `python -m taehv.data index|proxy`; settings are as for training."""
     commands = {"index": index_command, "proxy": proxy_command}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(
+            f"{__doc__}\nEach explains its settings: python -m taehv.data index --help"
+        )
+        return
+    if name not in commands:
         raise UserError(f"say which: python -m taehv.data {'|'.join(commands)}")
-    config = read_config(sys.argv[2:])
+    config = read_config(sys.argv[2:], f"python -m taehv.data {name}")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    commands[sys.argv[1]](config)
+    commands[name](config)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -376,7 +377,9 @@ def _jobs(inputs: list[Path], output: Path, to: str | None, latents: bool) -> li
     suffix = output.suffix.lower()
     if len(found) == 1 and suffix and suffix == SUFFIXES[wanted[0]]:
         return [Job(found[0][0], output, wanted[0])]
-    if suffix in {*VIDEO_SUFFIXES, *LATENT_SUFFIXES}:
+    # A new folder may be named run-1.5, but hardly frames.gif.
+    is_file = re.fullmatch(r"\.[a-z]\w{1,10}", suffix) and not output.is_dir()
+    if is_file or suffix in {*VIDEO_SUFFIXES, *LATENT_SUFFIXES}:
         raise UserError(
             f"--output {output}: name a folder, or for a single input a "
             f"{' or '.join({s for s in map(SUFFIXES.get, wanted) if s}) or 'folder'}"
@@ -628,6 +631,7 @@ def main() -> None:
     set_up_console(0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs = plan(arguments.inputs, arguments.output, arguments.to, arguments.latents)
+    _check_rate(arguments, jobs)
     device = choose_device(arguments.device)
     model, _ = load_model(arguments.checkpoint, arguments.variant, arguments.weights)
     place(model, device, choose_dtype(arguments.precision, device))
@@ -669,6 +673,16 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--side-by-side needs the input's and the output's frames")
 
 
+def _check_rate(arguments: argparse.Namespace, jobs: list[Job]) -> None:
+    """Refuse a rate where everything has times of its own."""
+    is_used = arguments.latents or any(job.source.is_dir() for job in jobs)
+    if arguments.rate and not is_used:
+        raise UserError(
+            f"--rate {arguments.rate:g} is for images and latents, and videos keep "
+            "their times: leave it out"
+        )
+
+
 def _parser() -> Parser:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -703,7 +717,7 @@ def _parser() -> Parser:
         "VAE's scaling_factor)",
     )
     add("--side-by-side", action="store_true", help="with the input on the left")
-    add("--rate", type=float, default=0, help="frames/s of images and latents")
+    add("--rate", type=float, default=0, help="frames/s of images and latents alone")
     add("--crf", type=int, default=18, help="quality of H.264: 0 lossless, 51 worst")
     add("--no-sound", dest="sound", action="store_false", help="leave sound out")
     add("--overwrite", action="store_true", help="replace outputs that are there")

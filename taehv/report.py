@@ -9,6 +9,7 @@ For runs that are done, under way, or were killed. Several runs share each chart
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from taehv.metrics import DECODER, MEASURES, measure_of
 from taehv.page import COLORS, Series
 from taehv.sections import Config
 from taehv.urls import local_path
+from taehv.visualize import LABEL_PIXELS, written
 
 POINTS = 300
 """The most of one line: a longer one shows means of as many steps as it takes."""
@@ -49,6 +51,8 @@ SPEEDS = {
 }
 CHART_INCHES = 4.5, 3.0
 COLUMNS = 3
+CAPTION_PIXELS = 20
+"""Height of a line."""
 NARROW = 560
 """Pixels of a strip that has room for another beside it."""
 
@@ -124,6 +128,8 @@ def _speeds(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
     """What TensorBoard alone was told, since it differs between equal runs."""
     if not folder.is_dir():
         return {}
+    # It warns of steps out of order, as a resumed run has them.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(folder), {"scalars": 0, "images": 1, "tensors": 1})
     events.Reload()
     found = {}
@@ -293,7 +299,7 @@ def write_report(runs: Sequence[Run], output: Path) -> list[Path]:
     _draw([*judged, *training, *speed], files[1])
     if strips:
         files.append(output / "strips.png")
-        Image.fromarray(_stacked([pixels for pixels, _ in strips])).save(files[2])
+        Image.fromarray(_stacked(strips)).save(files[2])
     title = " and ".join(run.name for run in runs)
     body = [page.paragraph(_progress(run)) for run in runs]
     if unlike := _unlike(runs):
@@ -412,18 +418,15 @@ def _strips(run: Run, only_last: bool) -> list[tuple[np.ndarray, str]]:
     return strips
 
 
-def _stacked(pictures: list[np.ndarray], gap: int = 12) -> np.ndarray:
-    """Pictures under one another on white."""
-    width = max(picture.shape[1] for picture in pictures)
-    padded = [
-        np.pad(
-            picture,
-            ((0, gap), (0, width - picture.shape[1]), (0, 0)),
-            constant_values=255,
-        )
-        for picture in pictures
-    ]
-    return np.concatenate(padded)[:-gap]
+def _stacked(strips: list[tuple[np.ndarray, str]]) -> np.ndarray:
+    """Pictures under one another on white, each below its caption."""
+    width = max(max(p.shape[1], LABEL_PIXELS * len(text)) for p, text in strips)
+    rows = []
+    for pixels, caption in strips:
+        margin = (0, CAPTION_PIXELS // 4), (0, width - pixels.shape[1]), (0, 0)
+        rows.append(written(caption, CAPTION_PIXELS, width))
+        rows.append(np.pad(pixels, margin, constant_values=255))
+    return np.concatenate(rows)
 
 
 def _videos(runs: Sequence[Run]) -> list[str]:

@@ -55,13 +55,14 @@ def picture_strip(
             )
             row = np.concatenate(list(row), axis=1)
             if margin:
-                row = np.concatenate([_label(label, len(row), margin), row], axis=1)
+                row = np.concatenate([written(label, len(row), margin), row], axis=1)
             rows.append(row)
         rows.append(np.full((gap, *rows[-1].shape[1:]), 255, np.uint8))
     return np.concatenate(rows[:-1])
 
 
-def _label(text: str, height: int, width: int) -> np.ndarray:
+def written(text: str, height: int, width: int) -> np.ndarray:
+    """A line of text, black on white: picture_HWC, uint8."""
     image = Image.new("RGB", (width, height), "white")
     place = (2, height // 2)
     ImageDraw.Draw(image).text(place, text, "black", anchor="lm")

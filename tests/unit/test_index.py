@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from numbered_video import make_video, promise
 
+import taehv.data
 import taehv.index
 from taehv.errors import UserError
 from taehv.files import FileList, Source
@@ -256,6 +258,17 @@ def test_command_reports(videos: Path):
     )
     assert "3 good files" in done.stdout and "4 bad files" in done.stdout
     assert f"{videos / 'gone.mp4'}: No such file" in done.stdout
+
+
+def test_help(monkeypatch, capsys):
+    for words, told in {
+        ("--help",): "python -m taehv.data index --data.root FOLDER",
+        ("proxy", "--help"): "usage: python -m taehv.data proxy --config FILE",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["data.py", *words])
+        with contextlib.suppress(SystemExit):  # as argparse ends
+            taehv.data.main()
+        assert told in capsys.readouterr().out
 
 
 # --- five million files --------------------------------------------------------------

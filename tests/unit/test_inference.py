@@ -317,6 +317,8 @@ def test_mistakes_are_one_line(
         "name a folder, or for a single input a .mp4": (
             *(taehv, video, "--output", tmp_path / "x.webm"),
         ),
+        "single input a .mp4": (taehv, video, "--output", tmp_path / "x.gif"),
+        "--rate 12 is for images": (taehv, video, "--rate", 12),
         "is the input": (taehv, video, "--output", video),
         "No such file or directory": (taehv, video, "--output", "/proc/x.mp4"),
         "which has 24 channels": (taeh3, tmp_path / "z.pt", "--latents"),

@@ -94,7 +94,8 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     ]
     assert shades == pytest.approx([60, 100], abs=2)  # the first, and the best and last
     assert media(html, "video/mp4") == [(folder / "samples/step-40.mp4").read_bytes()]
-    assert np.asarray(Image.open(files[2])).shape == (8 + 12 + 8, 12, 3)
+    # Each strip of 8 rows below a line that names it.
+    assert np.asarray(Image.open(files[2])).shape == (2 * (20 + 8 + 5), 280, 3)
     curves = np.asarray(Image.open(files[1]).convert("RGB"))
     assert curves.shape[1] > 1000 and curves.std() > 5
     assert not re.search(r'(src|href)="(?!data:)', html)  # nothing from elsewhere
@@ -149,6 +150,12 @@ def test_runs_share_their_charts(tmp_path: Path) -> None:
     assert len(media(html, "image/jpeg")) == len(media(html, "video/mp4")) == 2
     charts = training_charts([read_run(folder) for folder in folders])
     assert [line.name for line in charts[0].series] == ["one", "two"]
+    # Each strip of 8 x 12 pixels below a line that names its run.
+    pixels = np.asarray(Image.open(tmp_path / "both/strips.png"))
+    captions = pixels[:20], pixels[33:53]
+    assert pixels.shape[0] == 2 * (20 + 8 + 5)
+    assert all(caption.min() < 100 for caption in captions)
+    assert not np.array_equal(*captions)
 
 
 def test_runs_that_were_judged_on_other_clips(tmp_path: Path) -> None:
