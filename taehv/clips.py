@@ -97,8 +97,15 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader when it pins."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **{k: v.pin_memory() for k, v in tensors.items()})
+        return replace(self, **{k: v.pin_memory() for k, v in self._tensors().items()})
+
+    def share_memory(self) -> None:
+        """Move to memory that processes share; RuntimeError where that has no room."""
+        for tensor in self._tensors().values():
+            tensor.share_memory_()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
 
 
 class ClipSource(Protocol):

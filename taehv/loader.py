@@ -122,8 +122,37 @@ class _Fetched(Dataset):
 
 def _collate_or_error(
     collate: Callable[[list[Any]], Batch], samples: list[Any] | UserError
-) -> Batch | UserError:
-    return samples if isinstance(samples, UserError) else collate(samples)
+) -> Batch | UserError | _Sent:
+    if isinstance(samples, UserError):
+        return samples
+    is_worker = torch.utils.data.get_worker_info() is not None
+    return _Sent(collate(samples)) if is_worker else collate(samples)
+
+
+class _Sent:
+    """A batch of a worker, which is received as itself, or as the UserError of why not.
+
+    The queue between them pickles in a thread. What it has no memory for it drops, and
+    the reader would wait for it.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        try:
+            self.batch.share_memory()
+        except RuntimeError as error:
+            told = (
+                f"no shared memory for a batch ({error}): lower data.workers or "
+                "data.prefetch, or raise its limit (docker run --shm-size, ulimit -f)"
+            )
+            return UserError, (told,)
+        return _received, (self.batch,)
+
+
+def _received(batch: Batch) -> Batch:
+    return batch
 
 
 def worker_count(workers: int) -> int:

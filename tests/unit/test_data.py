@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import resource
 import signal
 import time
 import wave
@@ -489,6 +490,27 @@ def test_hung_workers_are_replaced(
     batches = read_batches(ClipLoader(source, Steps(0, 8, 8)), 4)
     assert "start anew" in caplog.text
     assert_same_clips(expected, batches)
+
+
+class Cramped(ClipDataset):
+    """Clips for whose batches the worker may share too little memory."""
+
+    def mapped(self, folder: str) -> Cramped:
+        return self
+
+    def __getitems__(self, numbers: list[int]) -> list[Clip]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        return super().__getitems__(numbers)
+
+
+def test_batch_that_finds_no_shared_memory_is_told_in_one_line(videos: Path):
+    data = settings(videos, workers=1)
+    source = Cramped(data, FileList.from_config(data), 5)
+    loader = ClipLoader(source, Steps(0, 8, 8))
+    with pytest.raises(UserError, match="no shared memory .*File too large") as caught:
+        next(loader)
+    loader.close()
+    assert "\n" not in str(caught.value)
 
 
 def test_crops_must_divide_the_local_batch(videos: Path):
