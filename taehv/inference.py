@@ -674,12 +674,13 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_rate(arguments: argparse.Namespace, jobs: list[Job]) -> None:
-    """Refuse a rate where everything has times of its own."""
-    is_used = arguments.latents or any(job.source.is_dir() for job in jobs)
+    """Refuse a rate where everything has times of its own, or gets none."""
+    timed = [job for job in jobs if job.to != "images"]
+    is_used = any(arguments.latents or job.source.is_dir() for job in timed)
     if arguments.rate and not is_used:
         raise UserError(
-            f"--rate {arguments.rate:g} is for images and latents, and videos keep "
-            "their times: leave it out"
+            f"--rate {arguments.rate:g} is for images and latents that become videos "
+            "or latents: leave it out"
         )
 
 

@@ -319,6 +319,9 @@ def test_mistakes_are_one_line(
         ),
         "single input a .mp4": (taehv, video, "--output", tmp_path / "x.gif"),
         "--rate 12 is for images": (taehv, video, "--rate", 12),
+        "--rate 5 is for images": (
+            *(taehv, tmp_path / "z.pt", "--latents", "--to", "images", "--rate", 5),
+        ),
         "is the input": (taehv, video, "--output", video),
         "No such file or directory": (taehv, video, "--output", "/proc/x.mp4"),
         "which has 24 channels": (taeh3, tmp_path / "z.pt", "--latents"),
