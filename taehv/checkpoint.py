@@ -302,7 +302,7 @@ def read_config(folder: Folder) -> str:
     try:
         text = folder.read(CONFIG).decode()
         sections = tomli.loads(text).values()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}/{CONFIG} is damaged ({error})") from None

@@ -62,7 +62,8 @@ def alone(
 
 def lock_of(folder: Path) -> Path:
     """Beside a folder, which only a run that can begin makes."""
-    return folder.with_name(f".{folder.name}.lock")
+    folder = folder.resolve()  # "." has no name
+    return folder.parent / f".{folder.name}.lock"
 
 
 @contextmanager

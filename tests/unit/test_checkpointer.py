@@ -379,8 +379,10 @@ def test_resuming_from_another_folder(tmp_path: Path) -> None:
     flip(tmp_path / "old/checkpoints/step-2/__0_0.distcp")
     with pytest.raises(UserError, match="checkpoint.resume_from: .* is altered"):
         resuming(tmp_path / "newer", str(tmp_path / "old")).find()
-    with pytest.raises(UserError, match="has no complete checkpoint"):
-        resuming(tmp_path / "newer", str(tmp_path / "nowhere")).find()
+    (tmp_path / "a.pth").touch()
+    for name in ("nowhere", "a.pth"):
+        with pytest.raises(UserError, match="has no complete checkpoint"):
+            resuming(tmp_path / "newer", str(tmp_path / name)).find()
 
 
 def test_the_folder_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -76,12 +76,14 @@ def test_checkpoints_elsewhere_are_locked_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("taehv.lock.PATIENCE", 0.1)
-    told = f"{tmp_path}/run: wait for its end, or choose another --checkpoint.folder"
-    with (
-        pytest.raises(UserError, match=told),
-        alone(tmp_path / "other", world, Folder(f"file://{tmp_path}/run/")),
-    ):
-        pass
+    monkeypatch.chdir(tmp_path / "run")
+    for place in (f"file://{tmp_path}/run/", "."):
+        told = f"another run writes to {place.removeprefix('file://').rstrip('/')}: "
+        with (
+            pytest.raises(UserError, match=f"{told}.* another --checkpoint.folder"),
+            alone(tmp_path / "other", world, Folder(place)),
+        ):
+            pass
     for own in (tmp_path / "mine", tmp_path / "mine/checkpoints", "memory://run"):
         with alone(tmp_path / "mine", world, Folder(own)):
             pass
