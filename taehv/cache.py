@@ -78,6 +78,13 @@ class ShardError(Exception):
     """Why a shard cannot be used."""
 
 
+class UnreadError(ShardError):
+    """The disk does not give a shard, which may be whole."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot be read: {error.strerror}")
+
+
 # --- writing -----------------------------------------------------------------------
 
 
@@ -378,6 +385,8 @@ def read_shard(folder: str | Path, part: Part, number: int) -> dict[str, Any]:
                 raise ShardError(f"{suffix} has {found} of {said['bytes']} bytes")
     except FileNotFoundError:
         raise ShardError("missing") from None
+    except OSError as error:
+        raise UnreadError(error) from None
     except UNREADABLE as error:
         raise ShardError(f"its list cannot be read: {error}") from None
     return shard
@@ -420,9 +429,18 @@ def remove_damaged(folder: Path, counts: dict[Part, int], rules: Variant) -> set
 
     Returns:
         The sound ones.
+
+    Raises:
+        UserError: the disk does not give one, which is left as it is.
     """
     results = _verified_shards(folder, counts, rules)
     damaged = {p: r for p, r in results.items() if isinstance(r, ShardError)}
+    for place, error in damaged.items():
+        if isinstance(error, UnreadError):
+            raise UserError(
+                f"{shard_path(folder, *place, 'json')} or a file beside it {error}: "
+                "mend that, or delete that shard, which is then written anew"
+            )
     for place in damaged:
         for suffix in ("json", "frames", "latents"):
             shard_path(folder, *place, suffix).unlink(missing_ok=True)
@@ -497,6 +515,8 @@ def _opened_shard(
         return _parsed(place[1], shard, rules, states)
     except ShardError as error:
         return error
+    except OSError as error:
+        return UnreadError(error)
     except (*UNREADABLE, AttributeError, OverflowError) as error:
         return ShardError(f"its list makes no sense: {error!r}")
 

@@ -640,6 +640,22 @@ def test_what_was_deleted_or_damaged_is_written_again(
     assert "train/shard-000000" not in told
 
 
+def test_what_the_disk_does_not_give_is_not_removed(
+    videos: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / "verified.json").unlink()
+    before = contents(copied)
+
+    def fails(path: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(taehv.cache, "_sha256", fails)
+    told = "shard-000000.json or a file beside it cannot be read: Stale file handle"
+    with pytest.raises(UserError, match=told):
+        make_cache(videos, copied)
+    assert contents(copied) == before
+
+
 def test_interrupted_precompute_goes_on(
     videos: Path, cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
