@@ -124,6 +124,10 @@ def tell(run_folder: Path) -> None:
     for name in ("data_wait", "clips_per_second"):
         values = Tensor([event.value for event in events.Scalars(f"train/{name}")])
         print(f"{name}: median {values.median():.4f}")
+    # Far below what validations have, the student knows its clips by heart.
+    learned = Tensor([event.value for event in events.Scalars("train/latent")])
+    learned = learned[-max(1, len(learned) // 20) :]
+    print(f"squared error of latents, last twentieth of training: {learned.mean():.4f}")
     print(f"pictures: {run_folder / 'samples'}")
 
 
