@@ -24,7 +24,7 @@ from runs import EAGER, FLAGSHIP, FSDP, OFFLOAD, ROOT, Failed, Form, Runs, wait_
 
 NO_GRAPH = {"compile.cuda_graph": "false"}
 SAVES = 20
-SAVE_INTERVAL = 40
+SAVE_INTERVAL = 100
 """Steps, in which a save is done and the next need not wait for it."""
 EARLY = 10
 TOLERANCE = 0.03
