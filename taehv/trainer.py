@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from shlex import quote
@@ -70,6 +70,7 @@ from taehv.shards import full
 from taehv.step import StepResult, TrainingStep
 from taehv.storage import Folder
 from taehv.teacher import check_teacher, load_teacher
+from taehv.urls import is_url
 from taehv.validate import tell, validate
 from taehv.watchdog import Watchdog
 from taehv.writing import write_text
@@ -343,7 +344,7 @@ class Trainer:
     def _open_log(self) -> RunLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.toml", dumps(self.config))
+            write_text(self.folder / "config.toml", self._settings_for_readers())
             run_log = RunLog(
                 self.folder,
                 self.config.logging,
@@ -358,6 +359,14 @@ class Trainer:
         run_log.board.text("config", f"```\n{dumps(self.config)}\n```")
         self._announce()
         return run_log
+
+    def _settings_for_readers(self) -> str:
+        """The settings, with a place of checkpoints that is the same from anywhere."""
+        settings = self.config.checkpoint
+        if settings.folder and not is_url(settings.folder):
+            folder = str(Path(settings.folder).expanduser().absolute())
+            settings = replace(settings, folder=folder)
+        return dumps(replace(self.config, checkpoint=settings))
 
     def _announce(self) -> None:
         config, world = self.config, self.world
