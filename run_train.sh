@@ -15,9 +15,16 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source ./environment.sh
 
+whole() { # NAME LEAST: ends with a line unless the variable is such a number
+    [[ ${!1} =~ ^(0|[1-9][0-9]{0,5})$ ]] && [ "${!1}" -ge "$2" ] && return
+    echo "error: $1=${!1}: give a whole number from $2 on" >&2
+    exit 2
+}
+
 CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
-NNODES=${NNODES:-1}
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MAX_RESTARTS=${MAX_RESTARTS:-0}
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+whole NGPU 1 && whole NNODES 1 && whole NODE_RANK 0 && whole MAX_RESTARTS 0
 
 settings=(--config "$CONFIG_FILE")
 if [ "$CONFIG_FILE" = train_configs/debug.toml ]; then
@@ -33,11 +40,11 @@ WORLD_SIZE=$((NNODES * NGPU)) "$PYTHON" -m taehv.config "${settings[@]}"
 
 if [ "$NNODES" -gt 1 ]; then
     endpoint=${RDZV_ENDPOINT:?set it to host:port of node 0}
-    if [ "${NODE_RANK:-0}" = 0 ] && (: <"/dev/tcp/${endpoint%:*}/${endpoint##*:}") 2>&-; then
+    if [ "$NODE_RANK" = 0 ] && (: <"/dev/tcp/${endpoint%:*}/${endpoint##*:}") 2>&-; then
         echo "error: port ${endpoint##*:} is in use: take another in RDZV_ENDPOINT" >&2
         exit 2
     fi
-    launch=(--node_rank "${NODE_RANK:-0}" --rdzv_backend c10d --rdzv_id taehv
+    launch=(--node_rank "$NODE_RANK" --rdzv_backend c10d --rdzv_id taehv
         --rdzv_endpoint "$endpoint")
 else
     launch=(--standalone)
@@ -48,7 +55,7 @@ fi
 # One process may use every core; more share them.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NGPU ? cores / NGPU : 1))}
-if [ "${MAX_RESTARTS:-0}" -gt 0 ] && [ "$NNODES" -gt 1 ]; then
+if [ "$MAX_RESTARTS" -gt 0 ] && [ "$NNODES" -gt 1 ]; then
     # Else processes that torchrun starts again meet the addresses of those before them
     # (pytorch/pytorch issue 135712); on one machine, train.py sees to that.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -59,4 +66,4 @@ export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGUSR1}
 # Seconds that processes then have for their step and their save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" \
-    --max-restarts "${MAX_RESTARTS:-0}" "${launch[@]}" train.py "${settings[@]}"
+    --max-restarts "$MAX_RESTARTS" "${launch[@]}" train.py "${settings[@]}"

@@ -361,7 +361,10 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (*UNREADABLE, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): write it anew") from None
+        raise UserError(
+            f"{path} cannot be read ({error}): write a cache anew, in another "
+            "folder, with python -m taehv.precompute"
+        ) from None
     if not known or not all(type(count) is int and count >= 0 for count in counts):
         raise UserError(
             f"{path} is not of format {FORMAT_VERSION}: write the cache anew"

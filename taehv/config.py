@@ -113,9 +113,13 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomli.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
+        raise UserError(
+            f"--config {path}: no such file; train_configs has some"
+        ) from None
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
+        raise UserError(
+            f"--config {path}: {error.strerror}: give a TOML file"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"--config {path} is not a text file in UTF-8") from None
     except tomli.TOMLDecodeError as error:

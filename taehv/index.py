@@ -106,21 +106,23 @@ class Index:
         if not passes.any():
             raise UserError(
                 f"{self.files.base} has no usable video: {len(table) - is_good.sum()} "
-                f"are bad ({self._causes()}), {is_good.sum() - passes.sum()} do not "
-                "pass the filters of [data]"
+                f"are bad{self._causes()}, {is_good.sum() - passes.sum()} do not "
+                "pass data.min_size, min_frames, min_rate or aspect: lower these, or "
+                "give other videos"
             )
         return self.files if passes.all() else self.files.only(passes)
 
     def _tell(self, is_good: np.ndarray, passes: np.ndarray) -> None:
         bad, filtered = int((~is_good).sum()), int((is_good & ~passes).sum())
         if bad:
-            log.warning(f"left out {bad} bad files of {len(passes)}: {self._causes()}")
+            log.warning(f"left out {bad} bad files of {len(passes)}{self._causes()}")
         if filtered:
             log.info(f"left out {filtered} of {len(passes)} files by the filters")
 
     def _causes(self) -> str:
         counts = Counter(self.table["reason"][self.bad].tolist()).most_common(3)
-        return "; ".join(f"{n} x {self.reasons[reason]}" for reason, n in counts)
+        told = "; ".join(f"{n} x {self.reasons[reason]}" for reason, n in counts)
+        return f" ({told})" if told else ""
 
 
 def passing(table: np.ndarray, data: Data) -> np.ndarray:

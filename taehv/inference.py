@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -328,8 +328,6 @@ class Job:
 
     def check_target(self, overwrite: bool) -> bool:
         """Whether to write; raises UserError where that would destroy something."""
-        if self.target.resolve() == self.source.resolve():
-            raise UserError(f"{self.target} is the input: give another --output")
         if not self.target.exists():
             return True
         is_folder = self.to == "images"
@@ -376,7 +374,7 @@ def _jobs(inputs: list[Path], output: Path, to: str | None, latents: bool) -> li
     wanted = [to or ("images" if p.is_dir() else "video") for p, _ in found]
     suffix = output.suffix.lower()
     if len(found) == 1 and suffix and suffix == SUFFIXES[wanted[0]]:
-        return [Job(found[0][0], output, wanted[0])]
+        return _checked([Job(found[0][0], output, wanted[0])])
     # A new folder may be named run-1.5, but hardly frames.gif.
     is_file = re.fullmatch(r"\.[a-z]\w{1,10}", suffix) and not output.is_dir()
     if is_file or suffix in {*VIDEO_SUFFIXES, *LATENT_SUFFIXES}:
@@ -393,9 +391,17 @@ def _jobs(inputs: list[Path], output: Path, to: str | None, latents: bool) -> li
         )
         for (path, name), stem, to in zip(found, stems, wanted, strict=True)
     ]
-    targets = [job.target for job in jobs]
-    for target in targets:
-        if targets.count(target) > 1:
+    return _checked(jobs)
+
+
+def _checked(jobs: list[Job]) -> list[Job]:
+    """Refuse outputs that would take the place of an input or of one another."""
+    sources = {job.source.resolve() for job in jobs}
+    targets = Counter(job.target for job in jobs)
+    for target, count in targets.items():
+        if target.resolve() in sources:
+            raise UserError(f"{target} is the input: give another --output")
+        if count > 1:
             raise UserError(f"two inputs would become {target}: convert them apart")
     return jobs
 

@@ -514,6 +514,11 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until told to stop; then export."""
         config, steps = self.config, self.config.training.steps
+        if self.counts.step > steps:
+            log.warning(
+                f"training.steps = {steps}, and {self.counts.step} are done: nothing "
+                "is left to train; raise it, or name another job.name"
+            )
         if not self._is_validated():
             self._validate()
         self.is_stale = self._has_no_patience()

@@ -421,7 +421,9 @@ def test_wrong_files(tmp_path: Path, text: str, told: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    assert refusal([f"--config={tmp_path}/no.toml"]).endswith("no.toml: no such file")
+    assert refusal([f"--config={tmp_path}/no.toml"]).endswith(
+        "no.toml: no such file; train_configs has some"
+    )
     assert "directory" in refusal([f"--config={tmp_path}"])
     (tmp_path / "latin.toml").write_bytes('[job]\nname = "Gr\xfc"'.encode("latin-1"))
     assert "UTF-8" in refusal([f"--config={tmp_path}/latin.toml"])
@@ -660,6 +662,22 @@ def test_the_script_tells_a_missing_path_in_one_line(tmp_path: Path) -> None:
         f"error: data.root = {tmp_path / 'none'} is not there: correct the path\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+@pytest.mark.parametrize("given", ["NGPU=x", "NGPU=0", "MAX_RESTARTS=-1", "NNODES=08"])
+def test_the_script_tells_what_is_no_number_in_one_line(given: str) -> None:
+    name, value = given.split("=")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        [str(ROOT / "run_train.sh"), "--data.root=/none"],
+        env={**os.environ, "PATH": path, "NGPU": "1", name: value},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    told = f"error: {given}: give a whole number from "
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(told) and len(done.stderr.splitlines()) == 1
 
 
 def test_the_configs_that_come_along_are_legal() -> None:

@@ -105,7 +105,7 @@ def test_bad_files_are_left_out_and_listed(videos: Path, caplog, monkeypatch):
 def test_filters(videos: Path, filters: dict, left: list[str] | None):
     data = settings(videos, **filters)
     if left is None:
-        with pytest.raises(UserError, match="4 are bad .* 3 do not pass"):
+        with pytest.raises(UserError, match="4 are bad .* 3 do not pass data.min_"):
             list_files(data, source(videos))
     else:
         assert names(list_files(data, source(videos))) == left

@@ -352,7 +352,8 @@ def test_a_search_leaves_the_outputs_out_and_tells_of_images(
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     assert sources(".") == ["a.mp4", "deep/b.mp4"]
-    assert sources("reconstructed") == ["reconstructed/deep/b.mp4"]
+    with pytest.raises(UserError, match=r"reconstructed/deep/b\.mp4 is the input"):
+        sources("reconstructed")
     assert not caplog.messages
     make_images(tmp_path / "deep/shot", 1, (8, 8))
     assert sources(".") == ["a.mp4", "deep/b.mp4"]
