@@ -444,6 +444,12 @@ class Trainer:
         # Other buckets than before, if allowed, have their steps elsewhere.
         self.counts.samples = self.buckets.aligned(self.counts.samples)
         log.info(f"resuming from {origin}")
+        if self.counts.step > self.config.training.steps:
+            log.info(
+                f"training.steps = {self.config.training.steps}, and "
+                f"{self.counts.step} are done: nothing is left to train; raise it, or "
+                "choose another job.name"
+            )
         if BEST_GROUP in filled:
             self.best.load(state[BEST_GROUP])
         if self.seraena is not None:
@@ -514,11 +520,6 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until told to stop; then export."""
         config, steps = self.config, self.config.training.steps
-        if self.counts.step > steps:
-            log.warning(
-                f"training.steps = {steps}, and {self.counts.step} are done: nothing "
-                "is left to train; raise it, or name another job.name"
-            )
         if not self._is_validated():
             self._validate()
         self.is_stale = self._has_no_patience()

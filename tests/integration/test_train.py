@@ -160,6 +160,8 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     assert output.count("not the settings of") == 1
     records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
     assert [record["step"] for record in records] == [0, 3]
+    less |= {"checkpoint__allow_changed_data": "true", "training__steps": 2}
+    assert "2, and 3 are done: nothing is left to train" in run.train(**less)
     # Of equal shapes, but of another latent space.
     with pytest.raises(UserError, match="of model.variant taehv, not taew2_1"):
         run.train(model__variant="taew2_1")
