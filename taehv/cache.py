@@ -8,7 +8,6 @@ write_about do so for latents that come from elsewhere.
 from __future__ import annotations
 
 import copy
-import fcntl
 import functools
 import hashlib
 import io
@@ -36,6 +35,7 @@ from taehv.clips import Batch, Clip, collate
 from taehv.errors import UserError
 from taehv.files import FileList
 from taehv.loader import worker_count
+from taehv.lock import hold
 from taehv.sampler import CACHED_CROP, Buckets, draw, permute
 from taehv.sections import Data
 from taehv.variants import VARIANTS, Variant
@@ -136,18 +136,19 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: another command is writing to it.
         OSError: the folder cannot be written to.
     """
-    with (folder / "lock").open("w") as file:
+    with (folder / "lock").open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"data.cache = {folder} is in use by another command that writes to "
-                "it: wait until that has ended, or name another folder"
-            ) from None
+            is_mine = hold(file)
         except OSError as error:  # of a file system without locks
+            is_mine = True
             log.info(
                 f"{folder} cannot be locked ({error.strerror}): let no other command "
                 "write to it meanwhile"
+            )
+        if not is_mine:
+            raise UserError(
+                f"data.cache = {folder} is in use by another command that writes to "
+                "it: wait until that has ended, or name another folder"
             )
         yield
 

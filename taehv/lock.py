@@ -73,11 +73,19 @@ def _locked(path: Path) -> Iterator[bool]:
         is_mine = True
         with suppress(OSError):  # which the run's own files will tell
             path.parent.mkdir(parents=True, exist_ok=True)
-            is_mine = _lock(stack.enter_context(path.open("ab")))
+            is_mine = hold(stack.enter_context(path.open("ab")))
         yield is_mine
 
 
-def _lock(file: IO[bytes]) -> bool:
+def hold(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed; false where another process keeps it locked.
+
+    A killed process gives its locks back only when all that it had is cleared away, so
+    whoever is started in its place waits for up to `PATIENCE` seconds.
+
+    Raises:
+        OSError: its file system has no locks.
+    """
     begun = time.monotonic()
     is_told = False
     while time.monotonic() - begun < PATIENCE:
@@ -86,7 +94,9 @@ def _lock(file: IO[bytes]) -> bool:
             return True
         except BlockingIOError:
             if not is_told:
-                log.info(f"{file.name} is held by another run: waiting for its end")
+                log.info(
+                    f"{file.name} is locked by another process: waiting for its end"
+                )
             is_told = True
             time.sleep(0.1)
     return False

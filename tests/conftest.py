@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
@@ -14,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import av
@@ -63,6 +63,15 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("a.mp4", "b.mp4", "c.mp4", "held.mp4")):
         make_video(folder / name, seed=seed)
     return folder
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process has yet to give back its files and locks; a zombie has."""
+    states = []
+    for task in Path("/proc").glob(f"{pid}/task/*/stat"):
+        with suppress(OSError):
+            states.append(task.read_text().rpartition(")")[2].split()[0])
+    return any(state != "Z" for state in states)
 
 
 class Running:
@@ -134,13 +143,15 @@ class Running:
         os.killpg(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it and all below it."""
-        for pid in self.tree():
-            try:
+        """Kill it and all below it, and wait until nothing of them is left."""
+        deadline = time.monotonic() + 60
+        for pid in (tree := self.tree()):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self._process.wait()
+        while any(map(_is_alive, tree)):
+            assert time.monotonic() < deadline, f"one of {tree} still lives"
+            time.sleep(0.01)
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 120) -> None:
         """Wait until the condition holds, which must be while the program runs."""
@@ -245,7 +256,7 @@ class Run:
     def train(self, **settings: object) -> str:
         """Run it to its end in this process, which is sooner started; its output."""
         output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with redirect_stdout(output), redirect_stderr(output):
             train(load_config(self.command(**settings)[2:]))
         return output.getvalue()
 
@@ -260,7 +271,7 @@ class Run:
         return [record["loss"] for record in self.metrics()]
 
 
-@contextlib.contextmanager
+@contextmanager
 def file_size_limit(size: int, process: int = 0) -> Iterator[None]:
     """Let a process, by default this one, write no file beyond a size.
 
@@ -272,5 +283,5 @@ def file_size_limit(size: int, process: int = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             resource.prlimit(process, resource.RLIMIT_FSIZE, before)

@@ -12,7 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -613,15 +615,33 @@ def test_a_folder_is_written_by_one_command_at_a_time(
 ) -> None:
     (copied / "train/shard-000000.json").unlink()
     before = contents(copied)
-    with locked(copied), pytest.raises(UserError, match="by another command") as raised:
+    with ExitStack() as another:
+        another.enter_context(locked(copied))
+        with monkeypatch.context() as patch:
+            patch.setattr("taehv.lock.PATIENCE", 0.1)
+            with pytest.raises(UserError, match="by another command") as raised:
+                make_cache(videos, copied)
+        assert "\n" not in str(raised.value) and contents(copied) == before
+        ends = threading.Timer(0.3, another.pop_all().close)  # as a killed one does
+        ends.start()
         make_cache(videos, copied)
-    assert "\n" not in str(raised.value) and contents(copied) == before
+        assert not ends.is_alive() and contents(copied) != before
+
+
+def test_a_folder_without_locks_is_written(
+    videos: Path,
+    copied: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (copied / "train/shard-000000.json").unlink()
 
     def unsupported(*arguments: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(taehv.cache.fcntl, "flock", unsupported)
+    monkeypatch.setattr("fcntl.flock", unsupported)
     make_cache(videos, copied)
+    assert "let no other command write to it" in capfd.readouterr().err
     assert len(Cache.open(copied, "taehv").train) == 14
 
 
