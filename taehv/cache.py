@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from taehv.augment import color_transform
 from taehv.clips import Batch, Clip, collate
@@ -233,7 +234,7 @@ class ShardWriter:
         self._latents.write(latents_TCHW)
 
     def finish(self) -> dict[str, list[int]]:
-        """Make the shard exist; returns its files' states, for note_verified."""
+        """Make the shard exist; returns its files' states, for Notes."""
         self.close()
         files = {
             "frames": self._frames.description(),
@@ -310,7 +311,7 @@ class Cache:
         """Read the lists of all shards and verify the files that are new or changed.
 
         A shard that is missing or damaged is named in the log and left out. What was
-        verified is noted in verified.json where the folder can be written to, so that
+        verified is noted in verified.jsonl where the folder can be written to, so that
         of several processes one should open the cache first.
 
         Args:
@@ -459,7 +460,7 @@ def _verified_shards(
     folder: Path, counts: dict[Part, int], rules: Variant
 ) -> dict[Place, _Shard | ShardError]:
     """The shards that are there, or what is wrong with them; notes what is verified."""
-    verified = _read_verified(folder)
+    notes = Notes(folder)
     # Not by counting up to what cache.json says, which may be any number.
     places = [
         (part, number)
@@ -467,13 +468,17 @@ def _verified_shards(
         for number in _numbers_there(folder, part)
         if number < counts[part]
     ]
+    results: dict[Place, _Shard | ShardError] = {}
     # Hashing leaves Python's lock to other threads.
     with ThreadPoolExecutor(worker_count(-1)) as pool:
-        opened = functools.partial(_opened_shard, folder, rules, verified)
-        results = dict(zip(places, pool.map(opened, places), strict=True))
-    sound = [shard for shard in results.values() if isinstance(shard, _Shard)]
-    states = {key: state for shard in sound for key, state in shard.states.items()}
-    note_verified(folder, {k: v for k, v in states.items() if verified.get(k) != v})
+        opened = pool.map(
+            functools.partial(_opened_shard, folder, rules, notes.known), places
+        )
+        shown = tqdm(opened, "verifying", len(places), unit=" shards", delay=5)
+        for place, shard in zip(places, shown, strict=True):
+            results[place] = shard
+            if isinstance(shard, _Shard):
+                notes.add(shard.states)
     return results
 
 
@@ -595,24 +600,41 @@ def _sha256(path: Path) -> str:
     return content.hexdigest()
 
 
-def _read_verified(folder: Path) -> dict[str, Any]:
-    try:
-        noted = json.loads((folder / "verified.json").read_text(encoding="utf-8"))
-    except UNREADABLE:
-        return {}
-    return noted if isinstance(noted, dict) else {}
+class Notes:
+    """The files whose checksums were right, by their sizes and times then.
 
-
-def note_verified(folder: Path, states: dict[str, list[int]]) -> None:
-    """Add to verified.json, so that these files are not read again to verify them.
-
-    A folder that cannot be written to keeps no notes; its files are always verified.
+    A line for each shard, written when it is known, by any number of processes: what is
+    killed need not be verified again. Lines that are torn are left out, and what they
+    told is verified anew, as is everything in a folder that cannot be written to.
     """
-    if states:
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "verified.jsonl"
+        self._keeps = True
+        self.known: dict[str, Any] = {}
         try:
-            _write_json(folder / "verified.json", _read_verified(folder) | states)
+            lines = self._path.read_bytes().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            with suppress(*UNREADABLE):
+                self.known.update(json.loads(line))
+
+    def add(self, states: dict[str, list[int]]) -> None:
+        """Note a shard's files, unless they are noted already."""
+        new = {k: state for k, state in states.items() if self.known.get(k) != state}
+        if not new or not self._keeps:
+            return
+        line = json.dumps(new) + "\n"
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                file.write(line.encode())
         except OSError as error:
-            log.info(f"{folder} is verified anew each time: {error.strerror}")
+            self._keeps = False
+            log.info(
+                f"{self._path} cannot be kept ({error.strerror}): what it would "
+                "tell is verified anew each time"
+            )
 
 
 # --- reading -----------------------------------------------------------------------

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from taehv.augment import color_transform, to_frames
 from taehv.cache import (
+    Notes,
     Part,
     ShardError,
     ShardWriter,
@@ -35,7 +36,6 @@ from taehv.cache import (
     describe,
     from_jpeg,
     locked,
-    note_verified,
     read_about,
     read_shard,
     remove_damaged,
@@ -287,7 +287,6 @@ class Precompute:
             "validation": clips,
         }
         self.writing = Background()
-        self.states: dict[str, list[int]] = {}
         self.bad_files: set[str] = set()
 
     def _files_hash(self) -> int:
@@ -325,6 +324,7 @@ class Precompute:
         self._check_room(self.counts, shutil.disk_usage(self.folder).total)
         missing = self._missing()
         self._announce(missing)
+        self.notes = Notes(self.folder)
         own = missing[self.world.rank :: self.world.size]
         try:
             self._write(own)
@@ -569,7 +569,7 @@ class Precompute:
             )
 
     def _finish(self, writer: ShardWriter) -> None:
-        self.states |= writer.finish()
+        self.notes.add(writer.finish())
 
     def _note_failures(self, batch: Batch) -> None:
         for failure in batch.failures:
@@ -580,14 +580,10 @@ class Precompute:
     # --- the end -------------------------------------------------------------------
 
     def _hand_over(self) -> None:
-        """Note what was written, and tell how far the cache is."""
-        gathered: list[Any] = [None] * self.world.size
-        dist.all_gather_object(gathered, self.states)
+        """Wait for the others, and tell how far the cache is."""
         stopped = self.stop.agreed()
         if not self.world.is_main:
             return
-        states = {key: state for part in gathered for key, state in part.items()}
-        note_verified(self.folder, states)
         if stopped:
             shards = self._shards()
             done = sum(map(self._is_complete, shards))
