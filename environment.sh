@@ -2,9 +2,18 @@
 # Python to use, and where something is missing makes an environment in .venv.
 
 requirements=${requirements:-requirements.txt}
-packages=${packages:-torch, torchvision, av, diffusers, matplotlib, numpy, PIL, safetensors, tensorboard, tomli, torchmetrics, tqdm}
+packages=${packages:-torch torchvision av diffusers matplotlib numpy PIL safetensors tensorboard tomli torchmetrics tqdm}
 
-if [ ! -e .venv ] && python3 -c "import $packages" 2>/dev/null; then
+has_packages() { # looked for only, since importing them all takes seconds
+    # shellcheck disable=SC2086
+    python3 - $packages <<'END'
+import sys
+from importlib.util import find_spec
+sys.exit(not all(map(find_spec, sys.argv[1:])))
+END
+}
+
+if [ ! -e .venv ] && has_packages; then
     PYTHON=python3
 else
     PYTHON=.venv/bin/python

@@ -13,7 +13,6 @@
 #   LOG_RANK        show the output of these local ranks alone, such as 0 or 0,1
 set -euo pipefail
 cd "$(dirname "$0")"
-source ./environment.sh
 
 whole() { # NAME LEAST: ends with a line unless the variable is such a number
     [[ ${!1} =~ ^(0|[1-9][0-9]{0,5})$ ]] && [ "${!1}" -ge "$2" ] && return
@@ -23,8 +22,10 @@ whole() { # NAME LEAST: ends with a line unless the variable is such a number
 
 CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MAX_RESTARTS=${MAX_RESTARTS:-0}
+whole NNODES 1 && whole NODE_RANK 0 && whole MAX_RESTARTS 0
+[ -z "${NGPU:-}" ] || whole NGPU 1
+source ./environment.sh
 NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-whole NGPU 1 && whole NNODES 1 && whole NODE_RANK 0 && whole MAX_RESTARTS 0
 
 settings=(--config "$CONFIG_FILE")
 if [ "$CONFIG_FILE" = train_configs/debug.toml ]; then

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements=tests/requirements.txt
-packages="torch, av, diffusers, tensorboard, tomli, torchmetrics, tqdm, pytest, pytest_timeout, xdist, ruff"
+packages="torch av diffusers tensorboard tomli torchmetrics tqdm pytest pytest_timeout xdist ruff"
 source ./environment.sh
 
 soak=(-m "not soak")

@@ -31,10 +31,10 @@ ACCUMULATE = {"training__local_batch_size": 1}
 CHECKPOINTING = {"training__activation_checkpointing": "true"}
 FORMS = {
     "accumulate": (1, ACCUMULATE),
-    "replicate-accumulate": (2, ACCUMULATE),
     "hsdp": (4, HSDP),
 }
 MORE_FORMS = {
+    "replicate-accumulate": (2, ACCUMULATE),
     "fsdp": (2, FSDP),
     "offload": (2, OFFLOAD),
     "fsdp-accumulate-checkpointing": (2, {**FSDP, **ACCUMULATE, **CHECKPOINTING}),

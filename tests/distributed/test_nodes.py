@@ -13,10 +13,15 @@ from conftest import ROOT, Run, Running
 
 
 def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
-    settings = {"training__steps": 3, "training__precision": "fp64"}
+    """Which takes four clips at once, and they two each, one at a time."""
+    settings = {
+        "training__steps": 3,
+        "training__precision": "fp64",
+        "training__global_batch_size": 4,
+    }
     reference = Run(tmp_path / "one", videos, **settings)
     reference.train()
-    run = Run(tmp_path / "two", videos, **settings)
+    run = Run(tmp_path / "two", videos, **settings, training__local_batch_size=1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
