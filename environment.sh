@@ -6,10 +6,11 @@ packages=${packages:-torch torchvision av diffusers matplotlib numpy PIL safeten
 
 has_packages() { # looked for only, since importing them all takes seconds
     # shellcheck disable=SC2086
-    python3 - $packages <<'END'
+    python3 - $packages 2>/dev/null <<'END'
 import sys
 from importlib.util import find_spec
-sys.exit(not all(map(find_spec, sys.argv[1:])))
+specs = map(find_spec, sys.argv[1:])
+sys.exit(not all(spec and spec.origin for spec in specs))  # a folder left empty has none
 END
 }
 

@@ -362,6 +362,10 @@ def read_about(folder: Path) -> dict[str, Any] | None:
         known &= about["latents"].keys() == _latent_rules(VARIANTS["taehv"]).keys()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): mend that"
+        ) from None
     except (*UNREADABLE, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): write a cache anew, in another "
@@ -415,7 +419,11 @@ Place = tuple[Part, int]
 def _sound_shards(
     folder: Path, counts: dict[Part, int], rules: Variant
 ) -> dict[Part, list[_Shard]]:
-    """Each part's shards, without those that are missing or damaged."""
+    """Each part's shards, without those that are missing or damaged.
+
+    Raises:
+        UserError: the disk does not give one.
+    """
     results = _verified_shards(folder, counts, rules)
     sound = [(place, r) for place, r in results.items() if isinstance(r, _Shard)]
     if left_out := sum(counts.values()) - len(sound):
@@ -440,12 +448,6 @@ def remove_damaged(folder: Path, counts: dict[Part, int], rules: Variant) -> set
     """
     results = _verified_shards(folder, counts, rules)
     damaged = {p: r for p, r in results.items() if isinstance(r, ShardError)}
-    for place, error in damaged.items():
-        if isinstance(error, UnreadError):
-            raise UserError(
-                f"{shard_path(folder, *place, 'json')} or a file beside it {error}: "
-                "mend that, or delete that shard, which is then written anew"
-            )
     for place in damaged:
         for suffix in ("json", "frames", "latents"):
             shard_path(folder, *place, suffix).unlink(missing_ok=True)
@@ -459,7 +461,11 @@ def remove_damaged(folder: Path, counts: dict[Part, int], rules: Variant) -> set
 def _verified_shards(
     folder: Path, counts: dict[Part, int], rules: Variant
 ) -> dict[Place, _Shard | ShardError]:
-    """The shards that are there, or what is wrong with them; notes what is verified."""
+    """The shards that are there, or what is wrong with them; notes what is verified.
+
+    Raises:
+        UserError: the disk does not give one, which may be whole.
+    """
     notes = Notes(folder)
     # Not by counting up to what cache.json says, which may be any number.
     places = [
@@ -477,6 +483,12 @@ def _verified_shards(
         shown = tqdm(opened, "verifying", len(places), unit=" shards", delay=5)
         for place, shard in zip(places, shown, strict=True):
             results[place] = shard
+            if isinstance(shard, UnreadError):
+                raise UserError(
+                    f"{shard_path(folder, *place, 'json')} or a file beside it "
+                    f"{shard}: mend that, or delete that shard and write it anew with "
+                    "python -m taehv.precompute"
+                )
             if isinstance(shard, _Shard):
                 notes.add(shard.states)
     return results

@@ -145,7 +145,8 @@ class _Sent:
         except RuntimeError as error:
             told = (
                 f"no shared memory for a batch ({error}): lower data.workers or "
-                "data.prefetch, or raise its limit (docker run --shm-size, ulimit -f)"
+                "data.prefetch, or raise its limits (docker run --shm-size, ulimit -f "
+                "and -n)"
             )
             return UserError, (told,)
         return _received, (self.batch,)

@@ -88,7 +88,7 @@ def hold(file: IO[bytes]) -> bool:
     """
     begun = time.monotonic()
     is_told = False
-    while time.monotonic() - begun < PATIENCE:
+    while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -98,8 +98,9 @@ def hold(file: IO[bytes]) -> bool:
                     f"{file.name} is locked by another process: waiting for its end"
                 )
             is_told = True
-            time.sleep(0.1)
-    return False
+        if time.monotonic() - begun >= PATIENCE:
+            return False
+        time.sleep(0.1)
 
 
 def _clear(folder: Path) -> None:

@@ -65,13 +65,29 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def wait_until_ended(pids: list[int]) -> None:
+    """Wait for processes of any parent."""
+    deadline = time.monotonic() + 120
+    while alive := [pid for pid in pids if _is_alive(pid)]:
+        assert time.monotonic() < deadline, f"{alive} of {pids} have not ended"
+        time.sleep(0.01)
+
+
 def _is_alive(pid: int) -> bool:
     """Whether a process has yet to give back its files and locks; a zombie has."""
-    states = []
-    for task in Path("/proc").glob(f"{pid}/task/*/stat"):
-        with suppress(OSError):
-            states.append(task.read_text().rpartition(")")[2].split()[0])
-    return any(state != "Z" for state in states)
+    for task in _entries(Path(f"/proc/{pid}/task")):
+        with suppress(OSError):  # it ended just now
+            if (task / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                return True
+    return False
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder of /proc; nothing of a process that has ended."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 class Running:
@@ -107,33 +123,29 @@ class Running:
         """The process ids of it and of all below it, parents first."""
         found = [self.pid]
         for pid in found:
-            for children in Path(f"/proc/{pid}/task").glob("*/children"):
-                try:
-                    found += map(int, children.read_text().split())
-                except OSError:  # it ended just now
-                    continue
+            for task in _entries(Path(f"/proc/{pid}/task")):
+                with suppress(OSError):  # it ended just now
+                    found += map(int, (task / "children").read_text().split())
         return found
 
     def rank(self, rank: int) -> int:
         """The process id of a rank that torchrun started."""
         for pid in self.tree()[1:]:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            if b"RANK=%d" % rank in environment:
-                return pid
+            with suppress(OSError):  # it ended just now
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if b"RANK=%d" % rank in environment:
+                    return pid
         raise AssertionError(f"no rank {rank}: {self.output()}")
 
     def workers(self) -> list[int]:
         """The process ids of all decoding processes, which fork servers started."""
-        servers = []
+        parents = {}
         for pid in self.tree():
-            if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                servers.append(pid)
-        parents = [
-            int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            for pid in servers
-        ]
-        pairs = zip(servers, parents, strict=True)
-        return [pid for pid, parent in pairs if parent in servers]
+            with suppress(OSError):  # it ended just now
+                if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+                    parents[pid] = int(status.split()[1])
+        return [pid for pid, parent in parents.items() if parent in parents]
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to its process group, as a terminal does.
@@ -144,14 +156,11 @@ class Running:
 
     def kill(self) -> None:
         """Kill it and all below it, and wait until nothing of them is left."""
-        deadline = time.monotonic() + 60
         for pid in (tree := self.tree()):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
-        while any(map(_is_alive, tree)):
-            assert time.monotonic() < deadline, f"one of {tree} still lives"
-            time.sleep(0.01)
+        wait_until_ended(tree)
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 120) -> None:
         """Wait until the condition holds, which must be while the program runs."""

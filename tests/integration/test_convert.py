@@ -61,6 +61,17 @@ def test_a_run_to_files(run: Run, tmp_path: Path) -> None:
         assert not torch.equal(value, averaged[key]) or not value.any()
 
 
+def test_checkpoints_elsewhere_are_found_from_any_folder(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run(tmp_path, videos, training__steps=1, validation__clips=0)
+    run.train(checkpoint__folder="kept")
+    monkeypatch.chdir("/")
+    convert(run.folder, tmp_path / "a.pth")
+    assert (tmp_path / "kept/step-1").is_dir() and (tmp_path / "a.pth").is_file()
+
+
 def test_a_file_to_a_checkpoint_that_training_starts_from(
     run: Run, videos: Path, tmp_path: Path
 ) -> None:

