@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Run, Running
+
+
+def free_port() -> int:
+    """Of those that the system gives to nobody else who asks for any."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
@@ -22,9 +33,6 @@ def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
     reference = Run(tmp_path / "one", videos, **settings)
     reference.train()
     run = Run(tmp_path / "two", videos, **settings, training__local_batch_size=1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # run_train.sh takes .venv or else python3, which is to be the one of the tests.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     shared = {
@@ -32,7 +40,7 @@ def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
         "CONFIG_FILE": "train_configs/autoencoder.toml",
         "NNODES": "2",
         "NGPU": "1",
-        "RDZV_ENDPOINT": f"127.0.0.1:{port}",
+        "RDZV_ENDPOINT": f"127.0.0.1:{free_port()}",
     }
     arguments = [f"--{key}={value}" for key, value in run.settings.items()]
     arguments += ["--data.crops_per_window=1", "--data.color_jitter=0"]
