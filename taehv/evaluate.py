@@ -62,7 +62,7 @@ from taehv.pretrained import (
     load_model,
     place,
 )
-from taehv.rules import check_pupil
+from taehv.rules import is_pupil
 from taehv.sections import Data
 from taehv.sections import Teacher as TeacherSettings
 from taehv.teacher import Teacher, check_teacher, load_teacher
@@ -483,8 +483,13 @@ def evaluate(arguments: argparse.Namespace) -> Comparison:
 def check_pupils(kind: str, students: list[Student]) -> None:
     """Refuse models of another latent space than the teacher's; name those of none."""
     for student in students:
-        if student.is_taught:
-            check_pupil(student.model.variant_name, kind)
+        name = student.model.variant_name
+        if student.is_taught and not is_pupil(name, kind):
+            own = student.model.variant.teacher or "a class of your own"
+            raise UserError(
+                f"{student.name} is a {name}, whose latents are not those of "
+                f"--teacher-kind {kind}: its own is {own}"
+            )
     own = [student.name for student in students if not student.is_taught]
     if kind and own:
         log.info(

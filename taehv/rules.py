@@ -282,7 +282,13 @@ def _check_teacher(config: Config) -> None:
 
 def _check_built_in_teacher(config: Config) -> None:
     kind, name, frames = config.teacher.kind, config.model.variant, config.data.frames
-    check_pupil(name, kind)
+    if not is_pupil(name, kind):
+        pupils = [pupil for pupil in VARIANTS if is_pupil(pupil, kind)]
+        own = VARIANTS[name].teacher or "a class of your own, since none is built in"
+        raise UserError(
+            f"model.variant = {name} cannot learn from teacher.kind = {kind}: take "
+            f"{' or '.join(pupils)}, or as teacher.kind {own}"
+        )
     if not config.teacher.path:
         raise UserError(f"teacher.kind = {kind} needs teacher.path: a folder or hub id")
     if kind == "minimax_h3" and config.teacher.dtype == "bf16":
@@ -295,15 +301,9 @@ def _check_built_in_teacher(config: Config) -> None:
         )
 
 
-def check_pupil(name: str, kind: str) -> None:
-    """Reject a variant that has not the latent space of a teacher that is built in."""
-    if kind in FRAME_RULES and VARIANTS[name].teacher != kind:
-        pupils = [pupil for pupil, v in VARIANTS.items() if v.teacher == kind]
-        own = VARIANTS[name].teacher or "a class of your own, since none is built in"
-        raise UserError(
-            f"model.variant = {name} cannot learn from teacher.kind = {kind}: take "
-            f"{' or '.join(pupils)}, or as teacher.kind {own}"
-        )
+def is_pupil(name: str, kind: str) -> bool:
+    """Whether a variant has a teacher's latents, as far as teachers are known here."""
+    return kind not in FRAME_RULES or VARIANTS[name].teacher == kind
 
 
 def _check_ranges(config: Config) -> None:
