@@ -26,6 +26,7 @@ from taehv.bottleneck import Bottleneck
 from taehv.cache import Cache, CacheDataset, cached_batches
 from taehv.checkpoint import load, read_about, read_config, training_state
 from taehv.checkpointer import Checkpointer, Saved, texts_beside
+from taehv.claim import alone
 from taehv.clips import Batch, collate
 from taehv.config import changes, dumps
 from taehv.data import ClipDataset, validation_batches
@@ -47,7 +48,6 @@ from taehv.exports import Exports
 from taehv.index import build_file_lists
 from taehv.loader import ClipLoader
 from taehv.local_batch import LocalBatch, check_probe
-from taehv.lock import alone
 from taehv.logging import RunLog, log, set_up_console
 from taehv.losses import Targets, judged, psnr, training_losses
 from taehv.memory import MemoryMonitor, memory_peaks

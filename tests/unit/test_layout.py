@@ -24,7 +24,7 @@ LAYERS = {
     "seraena": COMPONENT,
     "watchdog": COMPONENT,
     "local_batch": COMPONENT,
-    "lock": COMPONENT,
+    "claim": COMPONENT,
     "step": COMPONENT,
     "checkpoint": COMPONENT,
     "checkpointer": COMPONENT,

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from taehv.claim import alone, lock_of
 from taehv.config import read_config
 from taehv.distributed import World, started
 from taehv.errors import UserError
-from taehv.lock import alone, lock_of
 from taehv.sections import Parallelism
 from taehv.storage import Folder
 from taehv.trainer import train
