@@ -138,7 +138,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="new folder for all that it writes")
     parser.add_argument("--holdout", default="bikes*,carphone*")
     parser.add_argument("--teacher-seconds", type=float, default=200)
-    parser.add_argument("--steps", type=int, default=4000, help="of the student")
+    parser.add_argument(
+        "--steps", type=int, default=4000, help="of the student; 0: teacher only"
+    )
     parser.add_argument("--cpu", action="store_true", help="rehearse, small")
     settings = parser.parse_args()
     sizes, device = (SMALL, "cpu") if settings.cpu else (Sizes(), "cuda")
@@ -156,6 +158,12 @@ def main() -> None:
     vae, rms = train_teacher(data, settings.teacher_seconds, sizes, device)
     save_teacher(vae, rms, settings.output / "teacher")
     del vae
+    if settings.steps:
+        train_student(settings, sizes, device)
+
+
+def train_student(settings: argparse.Namespace, sizes: Sizes, device: str) -> None:
+    """Write the teacher's cache and learn from it."""
     shared = {
         "data.root": settings.clips,
         "data.holdout": settings.holdout,
