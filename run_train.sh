@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Trains with torchrun on what this machine has. Without arguments: a first run of a few
-# minutes on real sample clips.
+# minutes on real sample clips. Relative paths begin at this file's folder.
 #
 #   ./run_train.sh [--section.setting VALUE ...]
 #
 #   CONFIG_FILE     settings            (train_configs/debug.toml)
 #   NGPU            processes a node    (all GPUs, or 1 without any)
 #   NNODES          nodes               (1)
-#   NODE_RANK       this node's number  (0)
+#   NODE_RANK       this node's number  (0, the one of RDZV_ENDPOINT)
 #   RDZV_ENDPOINT   host:port of node 0 (only for several nodes)
 #   MAX_RESTARTS    how often to start anew, from the newest checkpoint, if it fails (0)
 #   LOG_RANK        show the output of these local ranks alone, such as 0 or 0,1
@@ -16,7 +16,11 @@ cd "$(dirname "$0")"
 
 whole() { # NAME LEAST: ends with a line unless the variable is such a number
     [[ ${!1} =~ ^(0|[1-9][0-9]{0,5})$ ]] && [ "${!1}" -ge "$2" ] && return
-    echo "error: $1=${!1}: give a whole number from $2 on" >&2
+    mistake "$1=${!1}: give a whole number from $2 on"
+}
+
+mistake() { # TEXT
+    echo "error: $1" >&2
     exit 2
 }
 
@@ -24,8 +28,26 @@ CONFIG_FILE=${CONFIG_FILE:-train_configs/debug.toml}
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MAX_RESTARTS=${MAX_RESTARTS:-0}
 whole NNODES 1 && whole NODE_RANK 0 && whole MAX_RESTARTS 0
 [ -z "${NGPU:-}" ] || whole NGPU 1
+[ "$NODE_RANK" -lt "$NNODES" ] || mistake "NODE_RANK=$NODE_RANK: NNODES=$NNODES has none"
+if [ "$NNODES" -gt 1 ]; then
+    endpoint=${RDZV_ENDPOINT:-}
+    [[ $endpoint =~ ^.+:([1-9][0-9]{0,4})$ ]] && [ "${BASH_REMATCH[1]}" -lt 65536 ] ||
+        mistake "RDZV_ENDPOINT=$endpoint: give host:port of node 0"
+fi
+# Seconds that processes have for their step and their save before torchrun kills them.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+whole TORCH_ELASTIC_SHUTDOWN_TIMEOUT 1
 source ./environment.sh
-NGPU=${NGPU:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+# Ctrl-C ends this Python without a trace.
+count='import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); import torch
+print(max(1, torch.cuda.device_count()))'
+NGPU=${NGPU:-$("$PYTHON" -c "$count")}
+shown=${LOG_RANK:-0}
+told="LOG_RANK=$shown: give local ranks from 0 to $((NGPU - 1)), such as 0 or 0,1"
+[[ $shown =~ ^[0-9]{1,3}(,[0-9]{1,3})*$ ]] || mistake "$told"
+for rank in ${shown//,/ }; do
+    [ "$rank" -lt "$NGPU" ] || mistake "$told"
+done
 
 settings=(--config "$CONFIG_FILE")
 if [ "$CONFIG_FILE" = train_configs/debug.toml ]; then
@@ -40,13 +62,10 @@ settings+=("$@")
 WORLD_SIZE=$((NNODES * NGPU)) "$PYTHON" -m taehv.config "${settings[@]}"
 
 if [ "$NNODES" -gt 1 ]; then
-    endpoint=${RDZV_ENDPOINT:?set it to host:port of node 0}
     if [ "$NODE_RANK" = 0 ] && (: <"/dev/tcp/${endpoint%:*}/${endpoint##*:}") 2>&-; then
-        echo "error: port ${endpoint##*:} is in use: take another in RDZV_ENDPOINT" >&2
-        exit 2
+        mistake "port ${endpoint##*:} is in use: take another in RDZV_ENDPOINT"
     fi
-    launch=(--node_rank "$NODE_RANK" --rdzv_backend c10d --rdzv_id taehv
-        --rdzv_endpoint "$endpoint")
+    launch=(--rdzv_backend c10d --rdzv_id taehv --rdzv_endpoint "$endpoint")
 else
     launch=(--standalone)
 fi
@@ -64,7 +83,5 @@ fi
 # torchrun hands on these, of which SLURM sends the last before a job's time is over. A
 # lost terminal's SIGHUP ends torchrun, upon which train.py stops; under nohup neither.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGUSR1}
-# Seconds that processes then have for their step and their save.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$NGPU" \
     --max-restarts "$MAX_RESTARTS" "${launch[@]}" train.py "${settings[@]}"

@@ -18,6 +18,7 @@ import numpy as np
 
 from taehv import VARIANTS
 from taehv.cache import ShardWriter, Window, describe, write_about
+from taehv.errors import UserError, run_command
 from taehv.video import Crop, VideoError, decode_window
 
 VARIANT = VARIANTS["taehv"]
@@ -58,7 +59,14 @@ def main() -> None:
     parser.add_argument("videos", type=Path, help="folder of .mp4 files")
     parser.add_argument("cache", type=Path, help="folder to write")
     arguments = parser.parse_args()
-    numbered = enumerate(windows(sorted(arguments.videos.glob("*.mp4"))))
+    videos = sorted(arguments.videos.glob("*.mp4"))
+    if not videos:
+        raise UserError(f"{arguments.videos} has no .mp4 file: name a folder of some")
+    try:
+        arguments.cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{arguments.cache}: {error.strerror}: name another") from None
+    numbered = enumerate(windows(videos))
     shards = 0
     while some := list(itertools.islice(numbered, SHARD_WINDOWS)):
         with ShardWriter(arguments.cache, "train", shards) as shard:
@@ -73,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

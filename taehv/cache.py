@@ -331,9 +331,12 @@ class Cache:
         rules = VARIANTS[variant]
         for key, value in _latent_rules(rules).items():
             if about["latents"][key] != value:
+                made = about["latents"]
+                fit = [n for n, v in VARIANTS.items() if _latent_rules(v) == made]
                 raise UserError(
                     f"data.cache = {folder} has {key} {about['latents'][key]}, and "
-                    f"{variant} wants {value}: choose the model.variant made for it"
+                    f"{variant} wants {value}: choose a model.variant made for it "
+                    f"({', '.join(fit) or 'there is none here'})"
                 )
         shards = _sound_shards(folder, about["shards"], rules)
         train, validation = (

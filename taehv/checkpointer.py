@@ -229,6 +229,11 @@ class Checkpointer:
                 f"all checkpoints in {self.folder} are damaged: see above; to begin "
                 "anew choose another --job.name"
             )
+        if found is not None and named:
+            log.info(
+                f"not from checkpoint.resume_from = {named}, since {self.folder} has "
+                "checkpoints: a run of its own takes another --job.name"
+            )
         if found is None and named:
             found = checkpoint_in(Folder(named))
             if (damage := damage_of(found)) is not None:

@@ -63,8 +63,8 @@ def read_config(argv: Sequence[str], prog: str | None = None) -> Config:
     """
     arguments = _parser(prog).parse_args(_expanded(argv))
     config = Config()
-    if arguments.config:
-        _merge(config, _read_toml(Path(arguments.config)), arguments.config)
+    if arguments.config is not None:
+        _merge(config, _read_toml(arguments.config), arguments.config)
     overrides = {k: v for k, v in vars(arguments).items() if "." in k and v is not None}
     for key, text in overrides.items():
         _set(config, key, _value_of(text, _types(config)[key]), "the command line")
@@ -109,7 +109,10 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(name: str) -> dict[str, Any]:
+    if not name:
+        raise UserError("--config is empty: name a TOML file")
+    path = Path(name)
     try:
         return tomli.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -64,7 +64,10 @@ def convert(
     try:
         write(target, converted, about)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error}") from None
+        raise UserError(
+            f"cannot write {target} ({error.strerror or error}): name a place that you "
+            "may write to"
+        ) from None
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise UserError(f"cannot write {target}: {reason(cause)}") from None

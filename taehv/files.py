@@ -324,6 +324,8 @@ def _walk(root: str, suffixes: tuple[str, ...]) -> Iterator[str]:
 
 def _listed(path: str) -> list[str]:
     try:
+        if not is_url(path) and os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("is no file")  # a pipe's reader would wait for ever
         content = read_bytes(path) if is_url(path) else Path(path).read_bytes()
         text = content.decode("utf-8-sig")  # Windows marks the order of bytes
     except (OSError, UnicodeDecodeError) as error:

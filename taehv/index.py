@@ -35,7 +35,7 @@ from taehv.files import (
 from taehv.pools import CRASHES, alone, cores, shared
 from taehv.sections import Config, Data
 from taehv.urls import is_url, stamp
-from taehv.video import VideoError, is_image, probe
+from taehv.video import DISK_ERRORS, VideoError, is_image, probe
 from taehv.writing import write_text
 
 log = logging.getLogger("taehv")
@@ -201,20 +201,30 @@ def _identity(source: Source, images: bool) -> dict[str, Any]:
 def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = open(folder / "lock", "w")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    with lock:
+        try:
             yield
-    except PermissionError as error:
-        raise UserError(
-            f"data.index: cannot write to {error.filename}: name a folder that you may "
-            "write to"
-        ) from None
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"data.index: cannot write to {error.filename or folder} ({error.strerror}): "
+        "mend that, or name another folder"
+    )
 
 
 def _load(folder: Path, identity: dict[str, Any]) -> Index | None:
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if {key: about[key] for key in identity if key in about} != identity:
         return None

@@ -246,11 +246,14 @@ class Report:
     def __init__(
         self, about: dict[str, Any], path: Path | None, speaks: bool = True
     ) -> None:
-        if path is not None and speaks and not os.access(path.parent, os.W_OK):
-            raise UserError(
-                f"{path.parent} is no folder that can be written to: name another for "
-                f"{path.name}"
-            )
+        if path is not None and speaks:
+            if not os.access(path.parent, os.W_OK):
+                raise UserError(
+                    f"{path.parent} is no folder that can be written to: name another "
+                    f"for {path.name}"
+                )
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path} is not a file: name another")
         self.content: dict[str, Any] = {**about, "tables": {}}
         self.path, self.speaks = path, speaks
         self.say(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -165,7 +165,8 @@ class LatentFile:
                 raise
             raise UserError(
                 f"{path}: not a whole, safe file of latents ({type(error).__name__}); "
-                "save the tensor alone with torch.save or safetensors"
+                "save the tensor alone with torch.save or safetensors, and give videos "
+                "without --latents"
             ) from None
         shape = list(self._tensor.get_shape())
         self._has_batch = len(shape) == 5

@@ -75,7 +75,8 @@ def proxy_command(config: Config) -> None:
     """Write what is missing of the copies; bad files are named and left out.
 
     Raises:
-        UserError: a setting is missing, or the folder has copies of another kind.
+        UserError: a setting is missing, the folder has copies of another kind, or
+            there is nothing to copy.
     """
     copier = _copier(config)
     folder = Path(copier.settings.folder)
@@ -93,6 +94,11 @@ def proxy_command(config: Config) -> None:
         "".join(f"{reason}\n" for reason in sorted(bad)), errors="surrogateescape"
     )
     count = len(copier.files) - len(bad)
+    if not count:
+        raise UserError(
+            f"none of {len(bad)} files can be copied ({folder / BAD_FILES} says why): "
+            "name others by data.root or data.annotations"
+        )
     print(
         f"{count} copies in {folder}, {len(bad)} bad files"
         + (f" (listed in {folder / BAD_FILES})" if bad else "")
@@ -146,7 +152,12 @@ def _check_apart(folder: str, base: str, source: Source) -> None:
 def _check_folder(folder: Path, settings: Proxy) -> None:
     """Refuse to mix copies of several kinds in a folder."""
     about = {k: v for k, v in asdict(settings).items() if k != "folder"}
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"proxy.folder = {folder} cannot be made ({error.strerror}): name another"
+        ) from None
     if (folder / ABOUT).exists():
         there = json.loads((folder / ABOUT).read_text())
         if there != about:

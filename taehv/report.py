@@ -520,6 +520,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     folders = [folder.expanduser() for folder in arguments.runs]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError("a run is named twice: name each once")
     runs = [read_run(folder) for folder in folders]
     beside = folders[0].with_name(folders[0].name + "-and-others")
     output = arguments.output or (folders[0] / "report" if len(runs) == 1 else beside)

@@ -344,7 +344,9 @@ class Trainer:
     def _open_log(self) -> RunLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.toml", self._settings_for_readers())
+            config = self.folder / "config.toml"
+            if not (self._is_done() and config.exists()):  # of what was trained
+                write_text(config, self._settings_for_readers())
             run_log = RunLog(
                 self.folder,
                 self.config.logging,
@@ -444,7 +446,7 @@ class Trainer:
         # Other buckets than before, if allowed, have their steps elsewhere.
         self.counts.samples = self.buckets.aligned(self.counts.samples)
         log.info(f"resuming from {origin}")
-        if self.counts.step > self.config.training.steps:
+        if self._is_done():
             log.info(
                 f"training.steps = {self.config.training.steps}, and "
                 f"{self.counts.step} are done: nothing is left to train; raise it, or "
@@ -454,6 +456,9 @@ class Trainer:
             self.best.load(state[BEST_GROUP])
         if self.seraena is not None:
             self.seraena.go_on(self.counts.step, filled)
+
+    def _is_done(self) -> bool:
+        return self.counts.step >= self.config.training.steps
 
     def _check_optimizer(self, origin: Folder) -> None:
         """Refuse the state of another one, which has nothing that this one needs."""

@@ -66,9 +66,10 @@ def load_state_dict_file(
     """
     path = Path(path)
     if not path.is_file():
+        found = "not a file" if path.exists() else "no such file"
         raise UserError(
-            f"{path}: no such file; give the path of a weight file, or to a "
-            "command the folder of a run or checkpoint"
+            f"{path}: {found}; give the path of a weight file, or to a command the "
+            "folder of a run or checkpoint"
         )
     if path.suffix in PICKLE_SUFFIXES:
         read = _read_pickle

@@ -160,8 +160,13 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     assert output.count("not the settings of") == 1
     records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
     assert [record["step"] for record in records] == [0, 3]
-    less |= {"checkpoint__allow_changed_data": "true", "training__steps": 2}
-    assert "2, and 3 are done: nothing is left to train" in run.train(**less)
+    less |= {"checkpoint__allow_changed_data": "true"}
+    settings = (run.folder / "config.toml").read_text()
+    for steps in (2, 3):
+        again = {**less, "training__steps": steps, "optim__lr": 3e-3}
+        told = f"steps = {steps}, and 3 are done: nothing is left to train"
+        assert told in run.train(**again)
+        assert (run.folder / "config.toml").read_text() == settings
     # Of equal shapes, but of another latent space.
     with pytest.raises(UserError, match="of model.variant taehv, not taew2_1"):
         run.train(model__variant="taew2_1")

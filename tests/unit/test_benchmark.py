@@ -204,6 +204,7 @@ def test_a_batch_is_attempted() -> None:
         (["--curves", "--ways", "published"], "--curves needs ways other than"),
         (["--curves", "--ways", "plain+seraena"], "--curves needs ways other than"),
         (["--json", "/nowhere/x.json"], "/nowhere is no folder that can be written"),
+        (["--json", "/proc/self"], "/proc/self is not a file: name another"),
         (["--json", "s3://b/x.json"], "--json: s3://b/x.json is a URL"),
         (["--calls", "many"], "--calls: invalid int value: 'many'"),
     ],

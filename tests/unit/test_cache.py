@@ -28,6 +28,7 @@ from numbered_video import make_video, numbers_of
 
 import taehv.cache
 import taehv.precompute
+from examples import write_cache
 from taehv import TAEHV, VARIANTS
 from taehv.augment import to_frames
 from taehv.cache import (
@@ -393,8 +394,11 @@ def test_windows_of_several_sizes_live_in_one_cache(
         ("taehv", {"frames": 11}, "data.frames = 11 .* take 9"),
         ("taehv", {"height": 56}, "data.height = 56 .* of 48: take 48 or less"),
         ("taehv", {"width": 72}, "data.width = 72 .* take 64 or less"),
-        ("taew2_1", {}, "latent_space HunyuanVideo, and taew2_1 wants Wan 2.1"),
-        ("taeh3", {}, "choose the model.variant made for it"),
+        (
+            *("taew2_1", {}),
+            r"latent_space HunyuanVideo, and taew2_1 wants Wan 2.1: .* it \(taehv\)$",
+        ),
+        ("taeh3", {}, "choose a model.variant made for it"),
     ],
 )
 def test_clips_and_variants_that_do_not_fit(
@@ -879,6 +883,22 @@ def test_the_example_writes_a_cache(tmp_path: Path) -> None:
     data = Data(frames=13, height=64, width=64)
     clip = CacheDataset(data, windows, 0)[0]
     assert clip.latents_TCHW.shape == (4, 16, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("videos", "cache", "told"),
+    [("/none", "cache", "/none has no .mp4"), ("", "a.mp4", "a.mp4: File exists")],
+)
+def test_the_example_tells_a_mistake_in_one_line(
+    tmp_path: Path, videos: str, cache: str, told: str
+) -> None:
+    (tmp_path / "a.mp4").touch()
+    places = [tmp_path / videos, tmp_path / cache]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["write_cache", *map(str, places)])
+        with pytest.raises(UserError, match=told) as raised:
+            write_cache.main()
+    assert "\n" not in str(raised.value)
 
 
 def test_a_validation_tells_no_psnr_that_the_cache_lacks(

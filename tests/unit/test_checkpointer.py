@@ -368,14 +368,20 @@ def test_what_is_set_aside_stays(tmp_path: Path) -> None:
     assert value_in(Folder(tmp_path / "step-4.aside")) == 4.5
 
 
-def test_resuming_from_another_folder(tmp_path: Path) -> None:
+def test_resuming_from_another_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     resuming(tmp_path / "old/checkpoints", "", 1, 2)
     for origin in (tmp_path / "old", tmp_path / "old/checkpoints/step-2"):
         checkpointer = resuming(tmp_path / "new", str(origin))
         assert str(checkpointer.find()) == f"{tmp_path}/old/checkpoints/step-2"
         assert checkpointer.saved_step is None  # none of its own
-    resuming(tmp_path / "new", str(tmp_path / "old"), 3)
+    assert "not from checkpoint.resume_from" not in caplog.text
+    checkpointer = resuming(tmp_path / "new", str(tmp_path / "old"), 3)
     assert str(checkpointer.find()) == f"{tmp_path}/new/step-3"
+    told = f"not from checkpoint.resume_from = {tmp_path}/old, since {tmp_path}/new has"
+    assert told in caplog.text
     flip(tmp_path / "old/checkpoints/step-2/__0_0.distcp")
     with pytest.raises(UserError, match="checkpoint.resume_from: .* is altered"):
         resuming(tmp_path / "newer", str(tmp_path / "old")).find()

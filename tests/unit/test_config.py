@@ -595,6 +595,11 @@ def test_a_mistake_ends_with_code_2_and_one_line() -> None:
     done = program("--training.lr=1")
     expected = "error: unknown setting --training.lr: did you mean --optim.lr?\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+    done = program("--config=")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --config is empty: name a TOML file\n",
+    )
     done = program("--data.crops_per_window=3", WORLD_SIZE="4")
     assert done.returncode == 2 and "the 4 clips" in done.stderr
 
@@ -664,20 +669,39 @@ def test_the_script_tells_a_missing_path_in_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
 
 
-@pytest.mark.parametrize("given", ["NGPU=x", "NGPU=0", "MAX_RESTARTS=-1", "NNODES=08"])
-def test_the_script_tells_what_is_no_number_in_one_line(given: str) -> None:
-    name, value = given.split("=")
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("NGPU=x", "NGPU=x: give a whole number from 1 on"),
+        ("NGPU=0", "NGPU=0: give a whole number from 1 on"),
+        ("MAX_RESTARTS=-1", "MAX_RESTARTS=-1: give a whole number from 0 on"),
+        ("NNODES=08", "NNODES=08: give a whole number from 1 on"),
+        ("NODE_RANK=1", "NODE_RANK=1: NNODES=1 has none"),
+        ("NNODES=2", "RDZV_ENDPOINT=: give host:port of node 0"),
+        ("NNODES=2 RDZV_ENDPOINT=host", "RDZV_ENDPOINT=host: give host:port"),
+        ("NNODES=2 RDZV_ENDPOINT=host:65536", "RDZV_ENDPOINT=host:65536: give host"),
+        ("NGPU=2 LOG_RANK=x", "LOG_RANK=x: give local ranks from 0 to 1, such as 0"),
+        ("NGPU=2 LOG_RANK=0,2", "LOG_RANK=0,2: give local ranks from 0 to 1, such as"),
+        (
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1s",
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1s: give",
+        ),
+    ],
+)
+def test_the_script_tells_a_wrong_variable_in_one_line(given: str, told: str) -> None:
+    variables = dict(pair.split("=") for pair in given.split())
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         [str(ROOT / "run_train.sh"), "--data.root=/none"],
-        env={**os.environ, "PATH": path, "NGPU": "1", name: value},
+        env={**os.environ, "PATH": path, "NGPU": "1", **variables},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    told = f"error: {given}: give a whole number from "
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(told) and len(done.stderr.splitlines()) == 1
+    assert (
+        done.stderr.startswith(f"error: {told}") and len(done.stderr.splitlines()) == 1
+    )
 
 
 def test_the_configs_that_come_along_are_legal() -> None:

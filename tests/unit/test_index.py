@@ -234,6 +234,28 @@ def test_a_missing_list_is_told_in_one_line(tmp_path: Path):
         build_file_lists(data)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(UserError, match=r"list.txt cannot be read \(is no file\)"):
+        build_file_lists(Data(annotations=str(tmp_path / "list.txt")))
+
+
+@pytest.mark.parametrize("place", ["videos/a.mp4", "/proc/none"])
+def test_a_place_without_room_for_an_index_is_told_in_one_line(
+    tmp_path: Path, place: str
+):
+    root = tmp_path / "videos"
+    root.mkdir()
+    make_video(root / "a.mp4", frames=3)
+    data = Data(root=str(root), index=str(tmp_path / place), workers=0)
+    for make in (
+        lambda: build_file_lists(data),
+        lambda: update_index(data, source(root)),
+    ):
+        with pytest.raises(UserError, match=f"data.index: cannot write to .*{place}"):
+            make()
+
+
 @pytest.mark.parametrize(("seconds", "frames"), [(9e12, 2**32 - 1), (-9e12, 0)])
 def test_a_header_may_promise_anything(tmp_path: Path, seconds: float, frames: int):
     promise(make_video(tmp_path / "a.mkv", frames=3), seconds)

@@ -116,7 +116,7 @@ def test_copies_of_what_is_gone_are_named_and_left(tmp_path: Path, caplog):
     assert record.message.endswith(f"delete {copy}") and copy.exists()
 
 
-def test_what_is_in_the_way_of_a_copy_is_told(tmp_path: Path, capsys):
+def test_what_is_in_the_way_of_a_copy_is_told(tmp_path: Path):
     root = tmp_path / "videos"
     (root / "sub").mkdir(parents=True)
     make_video(root / "sub" / "b.mp4", frames=2)
@@ -124,8 +124,8 @@ def test_what_is_in_the_way_of_a_copy_is_told(tmp_path: Path, capsys):
     proxy_command(config(root))
     shutil.rmtree(tmp_path / "copies" / "sub")
     (tmp_path / "copies" / "sub").write_text("a file")
-    proxy_command(config(root))
-    assert "0 copies" in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(UserError, match="none of 2 files can be copied .*bad_files"):
+        proxy_command(config(root))
     assert "sub" in (tmp_path / "copies" / "bad_files.txt").read_text()
 
 
@@ -135,6 +135,9 @@ def test_copies_of_two_kinds_are_not_mixed(tmp_path: Path):
     make_video(root / "a.mp4", frames=2)
     with pytest.raises(UserError, match="proxy.folder is empty"):
         proxy_command(config(root, folder=""))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file cannot be made \(File exists\)"):
+        proxy_command(config(root, folder=str(tmp_path / "file")))
     (tmp_path / "link").symlink_to(root)
     for folder in (root, root / "copies", tmp_path / "link" / "copies"):
         with pytest.raises(UserError, match="proxy.folder is data.root or inside it"):

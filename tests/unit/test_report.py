@@ -216,6 +216,7 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for arguments, told in (
         ([tmp_path / "nowhere"], "nowhere is no run's folder: give one"),
         ([tmp_path], "is no run's folder: give one"),
+        ([folder, f"{tmp_path}/./mine"], "a run is named twice: name each once"),
         ([f"file://{folder}"], "RUN: file:///.* is a URL: give a local path"),
         ([folder, "--output", tmp_path / "file"], "cannot write the report"),
     ):

@@ -199,7 +199,7 @@ def test_altered_bytes_end_in_one_line_or_load(kind: str, tmp_path: Path) -> Non
 
 def test_missing_files_and_other_kinds(tmp_path: Path) -> None:
     assert "no such file" in error_of(tmp_path / "absent.pth")
-    assert "no such file" in error_of(tmp_path)
+    assert "not a file" in error_of(tmp_path)
     text = tmp_path / "weights.txt"
     text.write_text("weights")
     assert "must be a .pth, .pt or .safetensors" in error_of(text)
