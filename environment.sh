@@ -4,14 +4,14 @@
 requirements=${requirements:-requirements.txt}
 packages=${packages:-torch torchvision av diffusers matplotlib numpy PIL safetensors tensorboard tomli torchmetrics tqdm}
 
-has_packages() { # looked for only, since importing them all takes seconds
+# Looked for only, since importing them all takes seconds; a broken one tells so itself,
+# when it is used. A folder that an uninstalled package left has no origin.
+has_packages() {
     # shellcheck disable=SC2086
-    python3 - $packages 2>/dev/null <<'END'
-import sys
+    python3 -c 'import sys
 from importlib.util import find_spec
 specs = map(find_spec, sys.argv[1:])
-sys.exit(not all(spec and spec.origin for spec in specs))  # a folder left empty has none
-END
+sys.exit(not all(spec and spec.origin for spec in specs))' $packages 2>/dev/null
 }
 
 if [ ! -e .venv ] && has_packages; then

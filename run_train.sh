@@ -43,7 +43,7 @@ count='import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); import torch
 print(max(1, torch.cuda.device_count()))'
 NGPU=${NGPU:-$("$PYTHON" -c "$count")}
 shown=${LOG_RANK:-0}
-told="LOG_RANK=$shown: give local ranks from 0 to $((NGPU - 1)), such as 0 or 0,1"
+told="LOG_RANK=$shown: give local ranks from 0 to $((NGPU - 1)), parted by commas"
 [[ $shown =~ ^[0-9]{1,3}(,[0-9]{1,3})*$ ]] || mistake "$told"
 for rank in ${shown//,/ }; do
     [ "$rank" -lt "$NGPU" ] || mistake "$told"
@@ -63,7 +63,7 @@ WORLD_SIZE=$((NNODES * NGPU)) "$PYTHON" -m taehv.config "${settings[@]}"
 
 if [ "$NNODES" -gt 1 ]; then
     if [ "$NODE_RANK" = 0 ] && (: <"/dev/tcp/${endpoint%:*}/${endpoint##*:}") 2>&-; then
-        mistake "port ${endpoint##*:} is in use: take another in RDZV_ENDPOINT"
+        mistake "port ${endpoint##*:} is in use: take another in RDZV_ENDPOINT, or give every node its NODE_RANK"
     fi
     launch=(--rdzv_backend c10d --rdzv_id taehv --rdzv_endpoint "$endpoint")
 else

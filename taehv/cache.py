@@ -478,22 +478,24 @@ def _verified_shards(
         if number < counts[part]
     ]
     results: dict[Place, _Shard | ShardError] = {}
+    opened = functools.partial(_opened_shard, folder, rules, notes.known)
+    bar = tqdm(
+        desc="verifying", total=len(places), unit=" shards", delay=5, disable=None
+    )
     # Hashing leaves Python's lock to other threads.
-    with ThreadPoolExecutor(worker_count(-1)) as pool:
-        opened = pool.map(
-            functools.partial(_opened_shard, folder, rules, notes.known), places
-        )
-        shown = tqdm(opened, "verifying", len(places), unit=" shards", delay=5)
-        for place, shard in zip(places, shown, strict=True):
+    with bar, ThreadPoolExecutor(worker_count(-1)) as pool:
+        for place, shard in zip(places, pool.map(opened, places), strict=True):
             results[place] = shard
-            if isinstance(shard, UnreadError):
-                raise UserError(
-                    f"{shard_path(folder, *place, 'json')} or a file beside it "
-                    f"{shard}: mend that, or delete that shard and write it anew with "
-                    "python -m taehv.precompute"
-                )
             if isinstance(shard, _Shard):
                 notes.add(shard.states)
+            bar.update()
+    for place, error in results.items():
+        if isinstance(error, UnreadError):
+            raise UserError(
+                f"{shard_path(folder, *place, 'json')} or a file beside it {error}: "
+                "mend that, or delete that shard and write it anew with "
+                "python -m taehv.precompute"
+            )
     return results
 
 
@@ -640,7 +642,7 @@ class Notes:
         new = {k: state for k, state in states.items() if self.known.get(k) != state}
         if not new or not self._keeps:
             return
-        line = json.dumps(new) + "\n"
+        line = f"\n{json.dumps(new)}\n"  # apart from one that was torn
         try:
             with self._path.open("ab", buffering=0) as file:
                 file.write(line.encode())

@@ -488,13 +488,13 @@ def check_pupils(kind: str, students: list[Student]) -> None:
             own = student.model.variant.teacher or "a class of your own"
             raise UserError(
                 f"{student.name} is a {name}, whose latents are not those of "
-                f"--teacher-kind {kind}: its own is {own}"
+                f"--teacher-kind {kind}: give {own}"
             )
-    own = [student.name for student in students if not student.is_taught]
-    if kind and own:
+    untaught = [student.name for student in students if not student.is_taught]
+    if kind and untaught:
         log.info(
             "trained without a teacher, so that latents are their own and not compared "
-            f"with the teacher's: {', '.join(own)}"
+            f"with the teacher's: {', '.join(untaught)}"
         )
 
 

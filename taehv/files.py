@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import stat
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -324,8 +325,8 @@ def _walk(root: str, suffixes: tuple[str, ...]) -> Iterator[str]:
 
 def _listed(path: str) -> list[str]:
     try:
-        if not is_url(path) and os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("is no file")  # a pipe's reader would wait for ever
+        if not is_url(path) and stat.S_ISFIFO(os.stat(path).st_mode):
+            raise OSError("a pipe is read only once")
         content = read_bytes(path) if is_url(path) else Path(path).read_bytes()
         text = content.decode("utf-8-sig")  # Windows marks the order of bytes
     except (OSError, UnicodeDecodeError) as error:

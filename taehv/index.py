@@ -7,6 +7,7 @@ cost the processes that share them next to nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -202,14 +203,20 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise _unwritable(folder, error) from None
     with lock:
         try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # of a file system without locks
+            log.info(
+                f"{folder} cannot be locked ({error.strerror}): let no other command "
+                "write to it meanwhile"
+            )
+        try:
             yield
         except OSError as error:
-            if error.errno not in DISK_ERRORS:
+            if error.errno not in (*DISK_ERRORS, errno.EPERM):
                 raise
             raise _unwritable(folder, error) from None
 

@@ -287,6 +287,7 @@ class Precompute:
             "validation": clips,
         }
         self.writing = Background()
+        self.notes = Notes(self.folder)
         self.bad_files: set[str] = set()
 
     def _files_hash(self) -> int:
@@ -324,7 +325,6 @@ class Precompute:
         self._check_room(self.counts, shutil.disk_usage(self.folder).total)
         missing = self._missing()
         self._announce(missing)
-        self.notes = Notes(self.folder)
         own = missing[self.world.rank :: self.world.size]
         try:
             self._write(own)

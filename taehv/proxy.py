@@ -80,7 +80,13 @@ def proxy_command(config: Config) -> None:
     """
     copier = _copier(config)
     folder = Path(copier.settings.folder)
-    _check_folder(folder, copier.settings)
+    try:
+        _check_folder(folder, copier.settings)
+    except OSError as error:
+        raise UserError(
+            f"proxy.folder = {folder} cannot be written to ({error.strerror}): name "
+            "another"
+        ) from None
     bad = []
     bar = tqdm(total=len(copier.files), unit="file", disable=None)
     for reason in _copied(copier, worker_count(config.data.workers)):
@@ -96,8 +102,8 @@ def proxy_command(config: Config) -> None:
     count = len(copier.files) - len(bad)
     if not count:
         raise UserError(
-            f"none of {len(bad)} files can be copied ({folder / BAD_FILES} says why): "
-            "name others by data.root or data.annotations"
+            f"none of {len(bad)} files can be copied: mend what {folder / BAD_FILES} "
+            "says, or name others by data.root or data.annotations"
         )
     print(
         f"{count} copies in {folder}, {len(bad)} bad files"
@@ -152,12 +158,7 @@ def _check_apart(folder: str, base: str, source: Source) -> None:
 def _check_folder(folder: Path, settings: Proxy) -> None:
     """Refuse to mix copies of several kinds in a folder."""
     about = {k: v for k, v in asdict(settings).items() if k != "folder"}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"proxy.folder = {folder} cannot be made ({error.strerror}): name another"
-        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / ABOUT).exists():
         there = json.loads((folder / ABOUT).read_text())
         if there != about:

@@ -145,6 +145,15 @@ class Pending:
         return self._values.tolist()
 
 
+def settings_for_readers(config: Config) -> str:
+    """As dumps, with a place of checkpoints that is the same from any folder."""
+    settings = config.checkpoint
+    if settings.folder and not is_url(settings.folder):
+        folder = str(Path(settings.folder).expanduser().absolute())
+        settings = replace(settings, folder=folder)
+    return dumps(replace(config, checkpoint=settings))
+
+
 class Trainer:
     """One run on one process.
 
@@ -345,8 +354,9 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             config = self.folder / "config.toml"
-            if not (self._is_done() and config.exists()):  # of what was trained
-                write_text(config, self._settings_for_readers())
+            is_told = self._is_done() and config.exists()  # what it was trained with
+            if not is_told:
+                write_text(config, settings_for_readers(self.config))
             run_log = RunLog(
                 self.folder,
                 self.config.logging,
@@ -358,17 +368,10 @@ class Trainer:
                 f"cannot write to {self.folder} ({error.strerror}): make room, or set "
                 "job.output_dir to a folder that you may write to"
             ) from None
-        run_log.board.text("config", f"```\n{dumps(self.config)}\n```")
+        if not is_told:
+            run_log.board.text("config", f"```\n{dumps(self.config)}\n```")
         self._announce()
         return run_log
-
-    def _settings_for_readers(self) -> str:
-        """The settings, with a place of checkpoints that is the same from anywhere."""
-        settings = self.config.checkpoint
-        if settings.folder and not is_url(settings.folder):
-            folder = str(Path(settings.folder).expanduser().absolute())
-            settings = replace(settings, folder=folder)
-        return dumps(replace(self.config, checkpoint=settings))
 
     def _announce(self) -> None:
         config, world = self.config, self.world

@@ -71,7 +71,8 @@ def test_a_port_in_use_is_told() -> None:
         )
         assert script.returncode == 2
         assert script.stderr == (
-            f"error: port {port} is in use: take another in RDZV_ENDPOINT\n"
+            f"error: port {port} is in use: take another in RDZV_ENDPOINT, or give "
+            "every node its NODE_RANK\n"
         )
         alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         program = subprocess.run(

@@ -633,7 +633,10 @@ def test_a_folder_is_written_by_one_command_at_a_time(
                 make_cache(videos, copied)
         assert "\n" not in str(raised.value) and contents(copied) == before
         # As a killed one does while it is waited for.
-        monkeypatch.setattr("taehv.lock.time.sleep", lambda seconds: another.close())
+        waits = SimpleNamespace(
+            monotonic=time.monotonic, sleep=lambda seconds: another.close()
+        )
+        monkeypatch.setattr("taehv.lock.time", waits)
         make_cache(videos, copied)
         assert contents(copied) != before
 
@@ -681,6 +684,7 @@ def test_what_the_disk_does_not_give_is_neither_removed_nor_left_out(
         fail_to_open(patch, unread)
         with pytest.raises(UserError, match=told):
             make_cache(videos, copied)
+        assert "train/shard-000002.frames" in Notes(copied).known
         with pytest.raises(UserError, match=told):
             Cache.open(copied, "taehv")
     assert contents(copied) == before

@@ -16,7 +16,12 @@ from typing import Any
 import pytest
 
 import taehv.sections
-from taehv.config import INDIFFERENT, changes, dumps, load_config
+from taehv.config import (
+    INDIFFERENT,
+    changes,
+    dumps,
+    load_config,
+)
 from taehv.errors import UserError
 from taehv.rules import LIMITS, check_paths
 from taehv.sections import Config
@@ -680,8 +685,8 @@ def test_the_script_tells_a_missing_path_in_one_line(tmp_path: Path) -> None:
         ("NNODES=2", "RDZV_ENDPOINT=: give host:port of node 0"),
         ("NNODES=2 RDZV_ENDPOINT=host", "RDZV_ENDPOINT=host: give host:port"),
         ("NNODES=2 RDZV_ENDPOINT=host:65536", "RDZV_ENDPOINT=host:65536: give host"),
-        ("NGPU=2 LOG_RANK=x", "LOG_RANK=x: give local ranks from 0 to 1, such as 0"),
-        ("NGPU=2 LOG_RANK=0,2", "LOG_RANK=0,2: give local ranks from 0 to 1, such as"),
+        ("NGPU=2 LOG_RANK=x", "LOG_RANK=x: give local ranks from 0 to 1, parted"),
+        ("NGPU=2 LOG_RANK=0,2", "LOG_RANK=0,2: give local ranks from 0 to 1, parted"),
         (
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1s",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1s: give",

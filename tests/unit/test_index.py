@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -236,7 +237,7 @@ def test_a_missing_list_is_told_in_one_line(tmp_path: Path):
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "list.txt")
-    with pytest.raises(UserError, match=r"list.txt cannot be read \(is no file\)"):
+    with pytest.raises(UserError, match=r"list.txt cannot be read \(a pipe"):
         build_file_lists(Data(annotations=str(tmp_path / "list.txt")))
 
 
@@ -261,6 +262,26 @@ def test_a_header_may_promise_anything(tmp_path: Path, seconds: float, frames: i
     promise(make_video(tmp_path / "a.mkv", frames=3), seconds)
     index = open_index(settings(tmp_path), source(tmp_path))
     assert (index.table["status"][0], index.table["frames"][0]) == (GOOD, frames)
+
+
+def test_a_full_disk_is_told_in_one_line(videos: Path, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(taehv.index, "write_text", full)
+    told = r"cannot write to .*index/\w+/.* \(No space left on device\): mend that, or"
+    with pytest.raises(UserError, match=told):
+        update_index(settings(videos), source(videos))
+
+
+def test_a_folder_without_locks_is_written(videos: Path, monkeypatch, caplog):
+    def unsupported(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    caplog.set_level("INFO")
+    assert len(update_index(settings(videos), source(videos)).files) > 3
+    assert "cannot be locked (Function not implemented)" in caplog.text
 
 
 def test_no_usable_file_is_told_in_one_line(tmp_path: Path):

@@ -124,7 +124,7 @@ def test_what_is_in_the_way_of_a_copy_is_told(tmp_path: Path):
     proxy_command(config(root))
     shutil.rmtree(tmp_path / "copies" / "sub")
     (tmp_path / "copies" / "sub").write_text("a file")
-    with pytest.raises(UserError, match="none of 2 files can be copied .*bad_files"):
+    with pytest.raises(UserError, match="none of 2 files can be copied: .*bad_files"):
         proxy_command(config(root))
     assert "sub" in (tmp_path / "copies" / "bad_files.txt").read_text()
 
@@ -136,7 +136,7 @@ def test_copies_of_two_kinds_are_not_mixed(tmp_path: Path):
     with pytest.raises(UserError, match="proxy.folder is empty"):
         proxy_command(config(root, folder=""))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file cannot be made \(File exists\)"):
+    with pytest.raises(UserError, match=r"file cannot be written to \(File exists\)"):
         proxy_command(config(root, folder=str(tmp_path / "file")))
     (tmp_path / "link").symlink_to(root)
     for folder in (root, root / "copies", tmp_path / "link" / "copies"):

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tomli
 
 from taehv.config import read_config
-from taehv.trainer import Counts, Trainer, train
+from taehv.trainer import Counts, Trainer, settings_for_readers, train
 
 
 class Fails:
@@ -61,3 +62,17 @@ def test_the_summary_says_what_is_known(tmp_path: Path) -> None:
     told = summary(tmp_path, "/my/videos", 8)
     assert "validation PSNR  18.00 dB at step 8 (painting" in told
     assert "raise --training.steps" in told and "own videos" not in told
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [("kept/a", "/there/kept/a"), ("s3://b/c", "s3://b/c"), ("", "")],
+)
+def test_readers_in_another_folder_find_the_checkpoints(
+    folder: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    text = settings_for_readers(read_config([f"--checkpoint.folder={folder}"]))
+    expected = f"{tmp_path}{told}" if told.startswith("/") else told
+    assert tomli.loads(text)["checkpoint"]["folder"] == expected
