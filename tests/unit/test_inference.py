@@ -327,6 +327,7 @@ def test_mistakes_are_one_line(
         "which has 24 channels": (taeh3, tmp_path / "z.pt", "--latents"),
         "holds 2 tensors": (taehv, tmp_path / "none.pt", "--latents"),
         "NaN": (taehv, tmp_path / "nan.pt", "--latents"),
+        "and give videos without --latents": (taehv, video, "--latents"),
     }.items():
         try:
             code = run(monkeypatch, *arguments[:2], *arguments[2:])
