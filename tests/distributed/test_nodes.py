@@ -29,6 +29,7 @@ def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
         "training__steps": 3,
         "training__precision": "fp64",
         "training__global_batch_size": 4,
+        "validation__clips": 0,
     }
     reference = Run(tmp_path / "one", videos, **settings)
     reference.train()
