@@ -231,8 +231,8 @@ class Checkpointer:
             )
         if found is not None and named:
             log.info(
-                f"going on with {self.folder}, not again from checkpoint.resume_from = "
-                f"{named}; to begin there anew choose another --job.name"
+                f"going on with {self.folder}, which has checkpoints, and not with "
+                f"checkpoint.resume_from = {named}: for that take another --job.name"
             )
         if found is None and named:
             found = checkpoint_in(Folder(named))

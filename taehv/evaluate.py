@@ -485,10 +485,10 @@ def check_pupils(kind: str, students: list[Student]) -> None:
     for student in students:
         name = student.model.variant_name
         if student.is_taught and not is_pupil(name, kind):
-            own = student.model.variant.teacher or "a class of your own"
+            own = student.model.variant.teacher or "package.module:Class of your own"
             raise UserError(
                 f"{student.name} is a {name}, whose latents are not those of "
-                f"--teacher-kind {kind}: give {own}"
+                f"--teacher-kind {kind}: its own is {own}"
             )
     untaught = [student.name for student in students if not student.is_taught]
     if kind and untaught:

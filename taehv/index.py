@@ -208,11 +208,11 @@ def _locked(folder: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:  # of a file system without locks
-            log.info(
-                f"{folder} cannot be locked ({error.strerror}): let no other command "
-                "write to it meanwhile"
-            )
+        except OSError as error:  # else processes would write over one another
+            raise UserError(
+                f"data.index: {folder} cannot be locked ({error.strerror}): name a "
+                "folder of another file system"
+            ) from None
         try:
             yield
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from taehv.loader import worker_count
 from taehv.pools import CRASHES, shared
 from taehv.sections import Config, Proxy
 from taehv.urls import is_url
-from taehv.video import VideoError, is_image, reencode
+from taehv.video import DISK_ERRORS, VideoError, is_image, reencode
 from taehv.writing import write_text
 
 log = logging.getLogger("taehv")
@@ -29,6 +30,11 @@ ABOUT = "proxy.json"
 BAD_FILES = "bad_files.txt"
 IN_THE_WAY = (FileExistsError, NotADirectoryError, IsADirectoryError)
 """A file where a folder must be, or the other way: copies of what is no more."""
+UNWRITABLE = (
+    *(*DISK_ERRORS, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.ENOENT),
+)
+"""Of a folder in which the user may not write, or that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -81,24 +87,14 @@ def proxy_command(config: Config) -> None:
     copier = _copier(config)
     folder = Path(copier.settings.folder)
     try:
-        _check_folder(folder, copier.settings)
+        bad = _write_copies(copier, worker_count(config.data.workers))
     except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         raise UserError(
-            f"proxy.folder = {folder} cannot be written to ({error.strerror}): name "
-            "another"
+            f"proxy.folder: {error.filename or folder} cannot be written "
+            f"({error.strerror}): mend that, or name another folder"
         ) from None
-    bad = []
-    bar = tqdm(total=len(copier.files), unit="file", disable=None)
-    for reason in _copied(copier, worker_count(config.data.workers)):
-        bar.update()
-        if reason:
-            bad.append(reason)
-            log.warning(f"left out {reason}")
-    bar.close()
-    _tell_gone(copier)
-    (folder / BAD_FILES).write_text(
-        "".join(f"{reason}\n" for reason in sorted(bad)), errors="surrogateescape"
-    )
     count = len(copier.files) - len(bad)
     if not count:
         raise UserError(
@@ -110,6 +106,24 @@ def proxy_command(config: Config) -> None:
         + (f" (listed in {folder / BAD_FILES})" if bad else "")
         + f"; train from them with --data.root {folder}"
     )
+
+
+def _write_copies(copier: Copier, workers: int) -> list[str]:
+    """Write what is missing, and a list of what is bad, which is returned."""
+    folder, bad = Path(copier.settings.folder), []
+    _check_folder(folder, copier.settings)
+    bar = tqdm(total=len(copier.files), unit="file", disable=None)
+    for reason in _copied(copier, workers):
+        bar.update()
+        if reason:
+            bad.append(reason)
+            log.warning(f"left out {reason}")
+    bar.close()
+    _tell_gone(copier)
+    (folder / BAD_FILES).write_text(
+        "".join(f"{reason}\n" for reason in sorted(bad)), errors="surrogateescape"
+    )
+    return bad
 
 
 def _tell_gone(copier: Copier) -> None:

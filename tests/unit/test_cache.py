@@ -561,6 +561,10 @@ def test_what_is_verified_is_not_read_again(
     Cache.open(copied, "taehv")
     Cache.open(copied, "taehv")
     assert sorted(hashed[1:]) == ["shard-000000.frames", "shard-000000.latents"]
+    with (copied / "verified.jsonl").open("a") as notes:  # as one that was killed
+        notes.write('{"x": [1')
+    Notes(copied).add({"y": [1, 2]})
+    assert Notes(copied).known["y"] == [1, 2]
 
 
 def test_a_folder_that_keeps_no_notes_is_verified_each_time(copied: Path) -> None:

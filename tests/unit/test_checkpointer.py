@@ -117,7 +117,7 @@ def test_what_a_save_holds_up_is_counted_as_its_own(
     checkpointer.poll()
     checkpointer.wait()
     first, second = (s.blocked_ms for s in saved)
-    assert first > 1000 and first > second
+    assert first > 1000 and first > 2 * second
 
 
 def test_leaving_waits_for_the_save(
@@ -377,10 +377,10 @@ def test_resuming_from_another_folder(
         checkpointer = resuming(tmp_path / "new", str(origin))
         assert str(checkpointer.find()) == f"{tmp_path}/old/checkpoints/step-2"
         assert checkpointer.saved_step is None  # none of its own
-    assert "not again from" not in caplog.text
+    assert "and not with" not in caplog.text
     checkpointer = resuming(tmp_path / "new", str(tmp_path / "old"), 3)
     assert str(checkpointer.find()) == f"{tmp_path}/new/step-3"
-    told = f"not again from checkpoint.resume_from = {tmp_path}/old; to begin"
+    told = f"and not with checkpoint.resume_from = {tmp_path}/old: for that"
     assert told in caplog.text
     flip(tmp_path / "old/checkpoints/step-2/__0_0.distcp")
     with pytest.raises(UserError, match="checkpoint.resume_from: .* is altered"):

@@ -16,12 +16,7 @@ from typing import Any
 import pytest
 
 import taehv.sections
-from taehv.config import (
-    INDIFFERENT,
-    changes,
-    dumps,
-    load_config,
-)
+from taehv.config import INDIFFERENT, changes, dumps, load_config
 from taehv.errors import UserError
 from taehv.rules import LIMITS, check_paths
 from taehv.sections import Config

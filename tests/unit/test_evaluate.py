@@ -332,7 +332,7 @@ def test_mistakes_are_one_line(
             *(good, "--videos", videos, "--frames", 5, "--side", 32),
             *("--teacher-kind", "hunyuanvideo", "--teacher-path", tmp_path / "none"),
         ),
-        "latents are not those of --teacher-kind wan: give hunyuanvideo": (
+        "latents are not those of --teacher-kind wan: its own is hunyuanvideo": (
             *(good, "--videos", videos, "--teacher-kind", "wan"),
             *("--teacher-path", tmp_path / "none"),
         ),

@@ -274,14 +274,15 @@ def test_a_full_disk_is_told_in_one_line(videos: Path, monkeypatch):
         update_index(settings(videos), source(videos))
 
 
-def test_a_folder_without_locks_is_written(videos: Path, monkeypatch, caplog):
+def test_a_folder_without_locks_is_refused(videos: Path, monkeypatch):
     def unsupported(*arguments: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    caplog.set_level("INFO")
-    assert len(update_index(settings(videos), source(videos)).files) > 3
-    assert "cannot be locked (Function not implemented)" in caplog.text
+    with pytest.raises(
+        UserError, match=r"cannot be locked \(Function not impl.*: name"
+    ):
+        update_index(settings(videos), source(videos))
 
 
 def test_no_usable_file_is_told_in_one_line(tmp_path: Path):

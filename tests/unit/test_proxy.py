@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import resource
@@ -129,6 +130,25 @@ def test_what_is_in_the_way_of_a_copy_is_told(tmp_path: Path):
     assert "sub" in (tmp_path / "copies" / "bad_files.txt").read_text()
 
 
+@pytest.mark.parametrize("write", ["os.makedirs", "pathlib.Path.write_text"])
+def test_a_folder_that_is_read_only_by_now_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+):
+    root = tmp_path / "videos"
+    root.mkdir()
+    make_video(root / "a.mp4", frames=2)
+    proxy_command(config(root))
+    make_video(root / "b.mp4", frames=2)
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / "copies"))
+
+    monkeypatch.setattr(write, fails)
+    told = rf"^proxy.folder: {tmp_path}/copies cannot be written \(Read-only .*: mend"
+    with pytest.raises(UserError, match=told):
+        proxy_command(config(root))
+
+
 def test_copies_of_two_kinds_are_not_mixed(tmp_path: Path):
     root = tmp_path / "videos"
     root.mkdir()
@@ -136,7 +156,7 @@ def test_copies_of_two_kinds_are_not_mixed(tmp_path: Path):
     with pytest.raises(UserError, match="proxy.folder is empty"):
         proxy_command(config(root, folder=""))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file cannot be written to \(File exists\)"):
+    with pytest.raises(UserError, match=r"file cannot be written \(File exists\)"):
         proxy_command(config(root, folder=str(tmp_path / "file")))
     (tmp_path / "link").symlink_to(root)
     for folder in (root, root / "copies", tmp_path / "link" / "copies"):
