@@ -328,14 +328,13 @@ class Cache:
                 f"data.cache = {folder} holds no cache: write one with "
                 "python -m taehv.precompute"
             )
-        rules = VARIANTS[variant]
+        rules, made = VARIANTS[variant], about["latents"]
         for key, value in _latent_rules(rules).items():
-            if about["latents"][key] != value:
-                made = about["latents"]
+            if made[key] != value:
                 fit = [n for n, v in VARIANTS.items() if _latent_rules(v) == made]
                 raise UserError(
-                    f"data.cache = {folder} has {key} {about['latents'][key]}, and "
-                    f"{variant} wants {value}: choose a model.variant made for it "
+                    f"data.cache = {folder} has {key} {made[key]}, and {variant} wants "
+                    f"{value}: choose a model.variant made for it "
                     f"({', '.join(fit) or 'there is none here'})"
                 )
         shards = _sound_shards(folder, about["shards"], rules)

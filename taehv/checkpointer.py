@@ -229,12 +229,12 @@ class Checkpointer:
                 f"all checkpoints in {self.folder} are damaged: see above; to begin "
                 "anew choose another --job.name"
             )
-        if found is not None and named:
+        if named and found is not None:
             log.info(
                 f"going on with {self.folder}, which has checkpoints, and not with "
                 f"checkpoint.resume_from = {named}: for that take another --job.name"
             )
-        if found is None and named:
+        elif named:
             found = checkpoint_in(Folder(named))
             if (damage := damage_of(found)) is not None:
                 raise UserError(f"checkpoint.resume_from: {damage}; name another")

@@ -30,11 +30,8 @@ ABOUT = "proxy.json"
 BAD_FILES = "bad_files.txt"
 IN_THE_WAY = (FileExistsError, NotADirectoryError, IsADirectoryError)
 """A file where a folder must be, or the other way: copies of what is no more."""
-UNWRITABLE = (
-    *(*DISK_ERRORS, errno.EPERM),
-    *(errno.EEXIST, errno.ENOTDIR, errno.ENOENT),
-)
-"""Of a folder in which the user may not write, or that cannot be."""
+NO_FOLDER = errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOENT
+"""Of a folder in which the user may not write, or that cannot be made."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def proxy_command(config: Config) -> None:
     try:
         bad = _write_copies(copier, worker_count(config.data.workers))
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in DISK_ERRORS + NO_FOLDER:
             raise
         raise UserError(
             f"proxy.folder: {error.filename or folder} cannot be written "

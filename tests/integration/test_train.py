@@ -14,6 +14,7 @@ import torch
 from conftest import Run
 from PIL import Image
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from taehv import TAEHV
 from taehv.errors import UserError
@@ -103,8 +104,6 @@ def test_exports_on_the_way(finished: tuple[Run, str]) -> None:
 
 
 def test_tensorboard(finished: tuple[Run, str]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run, _ = finished
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     losses = events.Scalars("train/loss")
@@ -167,6 +166,10 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
         told = f"steps = {steps}, and 3 are done: nothing is left to train"
         assert told in run.train(**again)
         assert (run.folder / "config.toml").read_text() == settings
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    shown = events.Tensors("config/text_summary")
+    texts = [event.tensor_proto.string_val[0].decode() for event in shown]
+    assert "lr = 0.002" in texts[-1] and "lr = 0.003" not in "".join(texts)
     # Of equal shapes, but of another latent space.
     with pytest.raises(UserError, match="of model.variant taehv, not taew2_1"):
         run.train(model__variant="taew2_1")
