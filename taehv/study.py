@@ -43,6 +43,10 @@ COLUMNS = {
     "latent_correlation": "latent correlation",
 }
 """Measures in the table of a stage, where there are any."""
+OF_CLIPS = ("frames", "height", "width", "lead_in")
+"""Settings of data that an arm may have to itself: windows are decoded for all."""
+OF_FREE_CLIPS = ("frames", "height", "width", "flip", "color_jitter")
+"""The same without a teacher; see pool.Pool."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,22 @@ class Study:
             if name not in arms:
                 raise UserError(f"--study {path}: no arm {name!r} among {list(arms)}")
         for task in study.tasks:
-            variant = VARIANTS[task.config.model.variant]
-            check_fit(variant, task.config.data, study.pool.shape)
-            if task.config.teacher != study.config().teacher:
-                raise UserError(
-                    f"--study {path}: all arms have the teacher of [common]"
-                )
+            study._check(path, task.config)
         return study
+
+    def _check(self, path: Path, config: Config) -> None:
+        """Whether clips of an arm can be cut from the windows that all share."""
+        check_fit(VARIANTS[config.model.variant], config.data, self.pool.shape)
+        common = self.config()
+        if config.teacher != common.teacher:
+            raise UserError(f"--study {path}: all arms have the teacher of [common]")
+        own = OF_CLIPS if common.teacher.kind else OF_FREE_CLIPS
+        theirs = {name: getattr(config.data, name) for name in own}
+        if config.data != replace(common.data, **theirs):
+            raise UserError(
+                f"--study {path}: all arms have the data of [common], but for "
+                f"{', '.join(own)}"
+            )
 
     def config(self, arm: str | None = None, **more: Any) -> Config:
         """Settings of an arm, or those that all share."""

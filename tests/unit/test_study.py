@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,7 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
         ("optim.betas = [0.9, 0.99]", "optim.lr = -1", "optim.lr = -1.0 must be"),
         ("frames = 9", "frames = 4", "cannot be cut"),
         ('name = "plain"', 'teacher.kind = "a:B"\nname = "plain"', "teacher of"),
+        ("optim.betas", "data.stride = [2, 2]\noptim.betas", "the data of"),
         ("[pool]", "[pool", "--study"),
     ],
 )
@@ -166,32 +168,53 @@ class Corners:
         return frames_NTCHW[:, ::4, :1, ::8, ::8].expand(-1, -1, 16, -1, -1)
 
 
-@pytest.mark.parametrize("teacher", [None, Corners()])
-def test_clips_are_cut_from_windows(videos: Path, teacher: Corners | None) -> None:
+def test_coded_clips_are_cut_from_windows_as_from_a_cache(videos: Path) -> None:
     data = Data(root=str(videos), frames=5, height=16, width=8, workers=0)
     files, _ = build_file_lists(data)
     size, device = PoolSize(5, 13, 24, 32), torch.device("cpu")
-    pool = Pool.decoded(data, files, size, device, teacher)
+    pool = Pool.decoded(data, files, size, device, Corners())
     assert pool.frames_WTHWC.shape == (5, 13, 24, 32, 3)
-    variant = VARIANTS["taehv"]
-    batch = pool.batch(variant, data, 3, range(40))
+    batch = pool.batch(VARIANTS["taehv"], data, 3, range(40))
     clips = {tuple(clip.flatten().tolist()) for clip in batch.frames_NTHWC}
-    assert len(clips) > 20
-    windows = pool.frames_WTHWC.unfold(1, 5, 4).unfold(2, 16, 8).unfold(3, 8, 8)
-    places = windows.movedim(4, -1).flatten(0, 3)
-    cut = {tuple(place.flatten().tolist()) for place in places}
-    assert clips <= cut
-    again = pool.batch(variant, data, 3, range(7, 9)).frames_NTHWC
-    assert torch.equal(again, batch.frames_NTHWC[7:9])
-    other = pool.batch(variant, data, 4, range(40)).frames_NTHWC
-    assert not torch.equal(other, batch.frames_NTHWC)
-    if teacher is None:
-        assert batch.latents_NTCHW is None
-        return
+    assert len(clips) > 20 and clips <= every_place(pool, (5, 16, 8), (4, 8, 8))
     expected = batch.frames_NTHWC[:, ::4, ::8, ::8, 0].float() / 255
     found = batch.latents_NTCHW[:, :, 0].float()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
     assert set(batch.lead_N.tolist()) == {0, 1}
+
+
+def every_place(
+    pool: Pool, sizes: tuple[int, ...], steps: tuple[int, ...]
+) -> set[tuple[int, ...]]:
+    """The pixels of all clips that can be cut from the windows."""
+    windows = pool.frames_WTHWC
+    for dimension, (size, step) in enumerate(zip(sizes, steps, strict=True), start=1):
+        windows = windows.unfold(dimension, size, step)
+    # W, places, channels, sizes
+    places = windows.movedim(4, -1).flatten(0, 3)
+    return {tuple(place.flatten().tolist()) for place in places}
+
+
+def test_free_clips_lie_anywhere_and_have_colors_of_their_own(videos: Path) -> None:
+    data = Data(root=str(videos), frames=5, height=22, width=29, workers=0)
+    files, _ = build_file_lists(data)
+    size, device = PoolSize(5, 6, 24, 32), torch.device("cpu")
+    pool = Pool.decoded(data, files, size, device, None)
+    variant, still = VARIANTS["taehv"], replace(data, flip=0.0)
+    batch = pool.batch(variant, still, 3, range(80))
+    clips = {tuple(clip.flatten().tolist()) for clip in batch.frames_NTHWC}
+    assert len(clips) > 40 and clips <= every_place(pool, (5, 22, 29), (1, 1, 1))
+    assert batch.latents_NTCHW is None and not batch.lead_N.any()
+    again = pool.batch(variant, still, 3, range(7, 9)).frames_NTHWC
+    assert torch.equal(again, batch.frames_NTHWC[7:9])
+    other = pool.batch(variant, still, 4, range(80)).frames_NTHWC
+    assert not torch.equal(other, batch.frames_NTHWC)
+    flipped = pool.batch(variant, replace(data, flip=1.0), 3, range(80)).frames_NTHWC
+    assert torch.equal(flipped, batch.frames_NTHWC.flip(3))
+    assert torch.equal(batch.color_N34, torch.eye(3, 4).expand(80, 3, 4))
+    recolored = pool.batch(variant, replace(still, color_jitter=0.2), 3, range(80))
+    assert torch.equal(recolored.frames_NTHWC, batch.frames_NTHWC)
+    assert len(recolored.color_N34.unique(dim=0)) == 80
 
 
 def bench(videos: Path, study: Path, output: Path, **more: object) -> str:
