@@ -66,6 +66,25 @@ MISTAKE = 2
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How long steps take: the first ones, before adversarial guidance, and others."""
+
+    first_steps: int
+    first: float
+    later: float
+
+    def seconds(self, steps: int) -> float:
+        """Of so many steps from the start."""
+        first = min(steps, self.first_steps)
+        return first * self.first + (steps - first) * self.later
+
+    def steps(self, seconds: float) -> int:
+        """As many as fit into a time."""
+        first = min(seconds, self.first_steps * self.first)
+        return round(first / self.first + (seconds - first) / self.later)
+
+
+@dataclass(frozen=True)
 class Job:
     """What all processes know."""
 
@@ -225,7 +244,7 @@ class Lab:
         self.student: Student | None = None
         self.built_by = ""
         self.judge: TAEHV | None = None
-        self.step_seconds: dict[str, float] = {}
+        self.paces: dict[str, Pace] = {}
 
     def _held(self, config: Config, files: Any) -> Held:
         clips = self.study.clips
@@ -247,16 +266,16 @@ class Lab:
 
     def train(self, task: Task) -> Record:
         """Train an arm for its time; returns what it found."""
-        training, seconds = task.config.training, self._step_seconds(task.config)
+        training, pace = task.config.training, self._pace(task.config)
         if task.seconds:
-            training = replace(training, steps=max(2, round(task.seconds / seconds)))
+            training = replace(training, steps=max(2, pace.steps(task.seconds)))
         student = self._begun(replace(task.config, training=training))
         before = self._also(student)
         told = settings_told(task) | {
             "device": self.device_name,
             "steps": training.steps,
-            "step_ms": 1000 * seconds,
-            **self._curve(student, seconds),
+            "step_ms": 1000 * pace.seconds(training.steps) / training.steps,
+            **self._curve(student, pace),
         }
         for weights in ("raw", "ema"):
             result = self._judged(self._judge(student, weights))
@@ -269,12 +288,12 @@ class Lab:
             self._save_weights(task, student)
         log.info(
             f"{task.stage}, {task.arm}, seed {task.seed}: {training.steps} steps of "
-            f"{1000 * seconds:.2f} ms, PSNR {told['raw']['psnr']:.2f} dB, averaged "
+            f"{told['step_ms']:.2f} ms, PSNR {told['raw']['psnr']:.2f} dB, averaged "
             f"{told['ema']['psnr']:.2f}"
         )
         return told
 
-    def _curve(self, student: Student, seconds: float) -> Record:
+    def _curve(self, student: Student, pace: Pace) -> Record:
         """Train to the last step; returns the PSNR on the way there, and the losses."""
         curve, found, spent = [], [], 0.0
         for point in points(student.config.training.steps, self.study.points):
@@ -287,7 +306,7 @@ class Lab:
                 weights: self._psnr(self._judge(student, weights), self.held)
                 for weights in ("raw", "ema")
             }
-            curve.append({"seconds": point * seconds, **values})
+            curve.append({"seconds": pace.seconds(point), **values})
         return {"curve": curve, "spent": spent, **told_losses(torch.stack(found).cpu())}
 
     def _begun(self, config: Config) -> Student:
@@ -313,30 +332,40 @@ class Lab:
             torch.cuda.empty_cache()
 
     def _step(self, student: Student) -> Tensor:
-        """Train by a batch; returns the loss and whether the step was applied."""
+        """Train by a batch; returns a loss and whether the step was applied."""
         config = student.config
         size = config.training.global_batch_size
         numbers = range(student.steps * size, (student.steps + 1) * size)
         variant, seed = student.model.variant, config.training.seed
         result = student(self.pool.batch(variant, config.data, seed, numbers))
+        # Guidance has no aim that is approached.
+        name = "reconstruction" if student.seraena else "loss"
+        told = (result.names.index(name), len(result.names) + 1)
         # A list as the index would have to be copied to the device.
-        return torch.stack([result.values[i] for i in (0, len(result.names) + 1)])
+        return torch.stack([result.values[i] for i in told])
 
-    def _step_seconds(self, config: Config) -> float:
-        """The time of a step of these settings."""
+    def _pace(self, config: Config) -> Pace:
+        """The times of steps of these settings."""
         kind = dumps(replace(config, training=replace(config.training, seed=0)))
-        if kind not in self.step_seconds:
+        if kind not in self.paces:
             student = self._begun(config)
-            for _ in range(WARMUP_STEPS):
-                self._step(student)
-            synchronize(self.device)
-            begin, count = time.perf_counter(), 0
-            while count < TIMED_STEPS and time.perf_counter() - begin < TIMED_SECONDS:
-                self._step(student)
-                count += 1
-            synchronize(self.device)
-            self.step_seconds[kind] = (time.perf_counter() - begin) / count
-        return self.step_seconds[kind]
+            first = config.seraena.start_step if config.seraena.enable else 0
+            times = [self._timed(student, begin) for begin in sorted({0, first})]
+            self.paces[kind] = Pace(first, times[0], times[-1])
+        return self.paces[kind]
+
+    def _timed(self, student: Student, begin: int) -> float:
+        """The mean time of steps from one on."""
+        student.steps = begin
+        for _ in range(WARMUP_STEPS):
+            self._step(student)
+        synchronize(self.device)
+        start, count = time.perf_counter(), 0
+        while count < TIMED_STEPS and time.perf_counter() - start < TIMED_SECONDS:
+            self._step(student)
+            count += 1
+        synchronize(self.device)
+        return (time.perf_counter() - start) / count
 
     # --- judging -------------------------------------------------------------------
 

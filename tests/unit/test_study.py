@@ -12,7 +12,7 @@ from torch import Tensor
 
 from taehv import bench_recipe
 from taehv.bench import Bench
-from taehv.bench_recipe import points, told_losses
+from taehv.bench_recipe import Pace, points, told_losses
 from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.index import build_file_lists
@@ -52,10 +52,17 @@ name = "default, bad"
 of = "default"
 loss.reconstruction_weight = 1e38
 loss.temporal_weight = 1e38
+[[arms]]
+name = "guided"
+seraena.enable = true
+seraena.start_step = 1
+seraena.ramp_steps = 0
+seraena.weight = 1.0
+seraena.replay_size = 4
 [[stages]]
 name = "first"
 steps = 3
-arms = ["plain", "default, bad", "default"]
+arms = ["plain", "default, bad", "default", "guided"]
 [[stages]]
 name = "second"
 seconds = 0.3
@@ -76,16 +83,16 @@ def study(tmp_path: Path) -> Path:
 def test_tasks_have_their_settings_and_keys(study: Path) -> None:
     tasks = Study.read(study, {"data.root": "a"}).tasks
     named = [(task.stage, task.arm, task.seed) for task in tasks]
-    arms = ("plain", "default, bad", "default")
+    arms = ("plain", "default, bad", "default", "guided")
     assert named == [*(("first", arm, 0) for arm in arms), ("second", "default", 1)]
     assert tasks[0].config.optim.betas == [0.9, 0.99]
     assert tasks[1].config.loss.temporal_weight == 1e38
-    assert [task.config.training.steps for task in tasks[:3]] == [3] * 3
+    assert [task.config.training.steps for task in tasks[:4]] == [3] * 4
     assert {task.config.data.root for task in tasks} == {"a"}
     study.write_text(STUDY.replace("0.99]", "0.98]"))
     others = Study.read(study, {"data.root": "a"}).tasks
     same = [a.key == b.key for a, b in zip(tasks, others, strict=True)]
-    assert same == [False, True, True, True] and len({t.key for t in tasks}) == 4
+    assert same == [False, True, True, True, True] and len({t.key for t in tasks}) == 5
     study.write_text(STUDY.replace("windows = 6", "windows = 7"))
     assert Study.read(study, {"data.root": "a"}).tasks[2].key != tasks[2].key
 
@@ -129,6 +136,13 @@ def test_when_a_curve_reaches_a_value() -> None:
     curve = [(0.0, 10.0), (2.0, 20.0), (6.0, 24.0)]
     found = [reached(curve, goal) for goal in (9, 15, 20, 23, 25)]
     assert found == [0.0, 1.0, 2.0, 5.0, None]
+
+
+def test_steps_that_fit_into_a_time() -> None:
+    pace = Pace(first_steps=100, first=0.1, later=0.2)
+    assert [pace.steps(s) for s in (5, 10, 30)] == [50, 100, 200]
+    assert [pace.seconds(n) for n in (50, 100, 200)] == pytest.approx([5, 10, 30])
+    assert Pace(0, 0.2, 0.2).steps(3) == 15
 
 
 def test_points_of_a_curve_are_close_at_the_start() -> None:
@@ -236,16 +250,17 @@ def test_a_study_is_trained_and_told(
     monkeypatch.setattr(bench_recipe, "TIMED_SECONDS", 0.1)
     output = tmp_path / "output"
     told = bench(videos, study, output, seconds_limit=1)
-    assert told == "\n4 trainings are left: the same command goes on"
+    assert told == "\n5 trainings are left: the same command goes on"
     told = bench(videos, study, output, also=str(videos))
     records = list(Results(output).read().values())
-    assert [r["arm"] for r in records] == ["plain", "default, bad", "default"] + [
-        "default"
-    ]
-    plain, bad, default, timed = records
+    plain, bad, default, guided, timed = records
+    arms = ["plain", "default, bad", "default", "guided", "default"]
+    assert [record["arm"] for record in records] == arms
     assert bad["skipped"] == 3 and plain["skipped"] == default["skipped"] == 0
     assert bad["curve"][0] == bad["curve"][-1] | {"seconds": 0.0}
     assert default["curve"][-1]["raw"] == pytest.approx(default["raw"]["psnr"], abs=0.1)
+    # With guidance alone, which is 1 off, it would be 1.
+    assert guided["last_loss"] == pytest.approx(default["last_loss"], rel=0.5)
     assert timed["steps"] == max(2, round(300 / timed["step_ms"]))
     assert default["also"]["before"] != default["also"]["after"] > 5
     # Another call trains nothing, and tells the same.
@@ -262,8 +277,8 @@ def test_a_study_is_trained_and_told(
     assert (output / "weights/second-default-1.safetensors").exists()
     # Alone, and not after others, it is the same.
     alone = study.with_name("alone.toml")
-    arms = 'arms = ["plain", "default, bad", "default"]'
-    alone.write_text(STUDY.replace(arms, 'arms = ["default"]'))
+    several = 'arms = ["plain", "default, bad", "default", "guided"]'
+    alone.write_text(STUDY.replace(several, 'arms = ["default"]'))
     bench(videos, alone, tmp_path / "alone", stages=["first"])
     (record,) = Results(tmp_path / "alone").read().values()
     assert [p["ema"] for p in record["curve"]] == [p["ema"] for p in default["curve"]]
@@ -277,5 +292,5 @@ def test_several_processes_share_a_study(
     """As on several GPUs, each of which has a process."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     told = bench(videos, study, tmp_path / "output")
-    assert len(Results(tmp_path / "output").read()) == 4
+    assert len(Results(tmp_path / "output").read()) == 5
     assert "are left" not in told
