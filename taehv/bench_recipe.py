@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
+import math
 import os
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -45,16 +47,27 @@ from taehv.model import TAEHV
 from taehv.perceptual import load_measures
 from taehv.pool import Pool
 from taehv.sections import Config, Parallelism
+from taehv.seraena import CollapseWatch
 from taehv.shards import full
-from taehv.study import Record, Results, Study, Task, settings_told, write_report
+from taehv.step import StepResult
+from taehv.study import (
+    GUIDANCE,
+    Record,
+    Results,
+    Study,
+    Task,
+    settings_told,
+    write_report,
+)
 from taehv.teacher import load_teacher
 from taehv.validate import ValidationResult, validate
 from taehv.visualize import to_uint8
 from taehv.weights import save_weights
 
 WARMUP_STEPS, TIMED_STEPS, TIMED_SECONDS = 8, 60, 2.0
-"""Steps before and while the time of a step is measured, the latter at most so long."""
-BESIDE_SECONDS = 60.0
+"""Steps before and while the time of a step is measured, the latter at most so long;
+the first ones are those of each kind where the discriminator does not learn in all."""
+BESIDE_SECONDS = 120.0
 """What is allowed for beside the first training: decoding, compiling, judging."""
 LEAST_BESIDE_SECONDS = 15.0
 """And beside any other, of which some are of clips of a new shape."""
@@ -307,7 +320,8 @@ class Lab:
                 for weights in ("raw", "ema")
             }
             curve.append({"seconds": pace.seconds(point), **values})
-        return {"curve": curve, "spent": spent, **told_losses(torch.stack(found).cpu())}
+        told = told_losses(told_steps(found))
+        return {"curve": curve, "spent": spent, **told}
 
     def _begun(self, config: Config) -> Student:
         """A student at the beginning of a training, compiled once for many."""
@@ -331,18 +345,13 @@ class Lab:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _step(self, student: Student) -> Tensor:
-        """Train by a batch; returns a loss and whether the step was applied."""
+    def _step(self, student: Student) -> StepResult:
+        """Train by a batch."""
         config = student.config
         size = config.training.global_batch_size
         numbers = range(student.steps * size, (student.steps + 1) * size)
         variant, seed = student.model.variant, config.training.seed
-        result = student(self.pool.batch(variant, config.data, seed, numbers))
-        # Guidance has no aim that is approached.
-        name = "reconstruction" if student.seraena else "loss"
-        told = (result.names.index(name), len(result.names) + 1)
-        # A list as the index would have to be copied to the device.
-        return torch.stack([result.values[i] for i in told])
+        return student(self.pool.batch(variant, config.data, seed, numbers))
 
     def _pace(self, config: Config) -> Pace:
         """The times of steps of these settings."""
@@ -357,7 +366,7 @@ class Lab:
     def _timed(self, student: Student, begin: int) -> float:
         """The mean time of steps from one on."""
         student.steps = begin
-        for _ in range(WARMUP_STEPS):
+        for _ in range(WARMUP_STEPS * student.config.seraena.interval):
             self._step(student)
         synchronize(self.device)
         start, count = time.perf_counter(), 0
@@ -455,17 +464,50 @@ def points(steps: int, count: int) -> list[int]:
     return [round(steps * (i / count) ** 2) for i in range(count + 1)]
 
 
-def told_losses(values_S2: Tensor) -> Record:
-    """The loss at both ends, and how many steps were skipped.
+def told_steps(found: Sequence[StepResult]) -> list[Record]:
+    """What each step found out, by name; "is_good" is whether it was applied."""
+    flat = iter(torch.cat([result.values for result in found]).tolist())
+    return [
+        dict(
+            zip(
+                [*result.names, "norm", "is_good"],
+                # All of them: further ones are the losses of micro-batches.
+                list(itertools.islice(flat, len(result.values))),
+                strict=False,
+            )
+        )
+        for result in found
+    ]
 
-    Args:
-        values_S2: of each step the loss, and 1 if it was applied or 0.
+
+def told_losses(steps: Sequence[Record]) -> Record:
+    """The loss at both ends, steps that were skipped, and how guidance went.
+
+    The loss is that without guidance, which has no aim that is approached.
     """
-    losses, applied = values_S2.double().T
-    kept = losses[applied > 0] if applied.any() else losses
-    part = max(1, len(kept) // 20)
-    return {
-        "first_loss": kept[:part].mean().item(),
-        "last_loss": kept[-part:].mean().item(),
-        "skipped": int((applied == 0).sum()),
+    losses = [
+        step["loss"] - step.get("seraena/weight", 0) * step.get("adversarial", 0)
+        for step in steps
+        if step["is_good"]
+    ]
+    part = max(1, len(losses) // 20)
+    told: Record = {
+        "first_loss": statistics.mean(losses[:part] or [math.nan]),
+        "last_loss": statistics.mean(losses[-part:] or [math.nan]),
+        "skipped": len(steps) - len(losses),
     }
+    if any("adversarial" in step for step in steps):
+        watch = CollapseWatch()
+        told["collapsed"] = any([watch.see(step) for step in steps])
+        told["guidance"] = {
+            name: _mean(
+                [step.get(f"seraena/{name}", math.nan) for step in steps[-part:]]
+            )
+            for name in GUIDANCE
+        }
+    return told
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are known."""
+    return statistics.mean([x for x in values if not math.isnan(x)] or [math.nan])

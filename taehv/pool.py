@@ -19,7 +19,7 @@ from taehv.clips import Batch
 from taehv.data import ClipDataset
 from taehv.files import Files
 from taehv.loader import ClipLoader
-from taehv.sampler import CROP, Steps, draw, permute
+from taehv.sampler import POOLED, Steps, draw, permute
 from taehv.sections import Data
 from taehv.teacher import Teacher
 from taehv.variants import Variant
@@ -129,7 +129,7 @@ class Pool:
         )
 
     def _free_clip(self, window: int, data: Data, seed: int, g: int) -> _Clip:
-        flip, *color, first, y, x = draw(seed, g, 0, CROP, 8)
+        flip, *color, first, y, x = draw(seed, g, 0, POOLED, 8)
         sizes = (data.frames, data.height, data.width)
         whole = self.frames_WTHWC.shape[1:4]
         places = [

@@ -25,8 +25,9 @@ SAMPLER_VERSION = 1
 UINT64 = (1 << 64) - 1
 # Purposes of random numbers: what belongs to a window, what to a crop of it or of a
 # cached window, which latents a clip's frames are decoded from, what is done to a
-# clip's frames on the device, and what adversarial guidance makes of them.
-WINDOW, CROP, CACHED_CROP, DECODED, DEGRADED, GUIDED = 0, 1, 2, 3, 4, 5
+# clip's frames on the device, what adversarial guidance makes of them, and what belongs
+# to a clip of a study's windows.
+WINDOW, CROP, CACHED_CROP, DECODED, DEGRADED, GUIDED, POOLED = 0, 1, 2, 3, 4, 5, 6
 # The orders of sources and of buckets are others than those of files.
 SOURCES, BUCKETS = 0x736F7572636573, 0x6275636B657473
 

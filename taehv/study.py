@@ -43,6 +43,14 @@ COLUMNS = {
     "latent_correlation": "latent correlation",
 }
 """Measures in the table of a stage, where there are any."""
+GUIDANCE = {
+    "accuracy_real": "accuracy on the real",
+    "accuracy_fresh": "on the decoded",
+    "gradient_ratio": "gradient ratio",
+}
+"""What is told of adversarial guidance, of the last twentieth of the steps."""
+VERSION = 2
+"""Changes whenever the same settings would be trained on other clips."""
 OF_CLIPS = ("frames", "height", "width", "lead_in")
 """Settings of data that an arm may have to itself: windows are decoded for all."""
 OF_FREE_CLIPS = ("frames", "height", "width", "flip", "color_jitter")
@@ -62,7 +70,7 @@ class Task:
     """Whether the weights are."""
     config: Config
     key: str
-    """Names all that the result depends on, but for the machine."""
+    """Names all that the result depends on, but for the machine and the code."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,8 @@ class Stage:
     """All if there are none."""
     seeds: list[int] = field(default_factory=lambda: [0])
     keep: bool = False
+    baseline: str = ""
+    """An arm, where it is not that of the study."""
     against: str = ""
     """Another stage, whose baseline this one's arms are compared with."""
 
@@ -122,7 +132,9 @@ class Study:
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(f"--study {path}: wrong or missing: {error}") from None
-        for name in [study.baseline, *itertools.chain(*(s.arms for s in stages))]:
+        own = [s.baseline for s in stages if s.baseline]
+        listed = itertools.chain(*(s.arms for s in stages))
+        for name in [study.baseline, *own, *listed]:
             if name not in arms:
                 raise UserError(f"--study {path}: no arm {name!r} among {list(arms)}")
         for task in study.tasks:
@@ -131,8 +143,15 @@ class Study:
 
     def _check(self, path: Path, config: Config) -> None:
         """Whether clips of an arm can be cut from the windows that all share."""
-        check_fit(VARIANTS[config.model.variant], config.data, self.pool.shape)
-        common = self.config()
+        common, clip = self.config(), config.data.usual_shape[:3]
+        if common.teacher.kind:
+            check_fit(VARIANTS[config.model.variant], config.data, self.pool.shape)
+        elif any(n > size for n, size in zip(clip, self.pool.shape, strict=True)):
+            sizes = [" x ".join(map(str, shape)) for shape in (clip, self.pool.shape)]
+            raise UserError(
+                f"--study {path}: clips of {sizes[0]} cannot be cut from windows of "
+                f"{sizes[1]}"
+            )
         if config.teacher != common.teacher:
             raise UserError(f"--study {path}: all arms have the teacher of [common]")
         own = OF_CLIPS if common.teacher.kind else OF_FREE_CLIPS
@@ -174,7 +193,10 @@ class Study:
                 config = self.config(arm, **more)
                 seconds = 0.0 if stage.steps else stage.seconds
                 # Whatever a curve and its measures are of is part of the key.
-                told = f"{stage.name} {seconds} {self.pool} {self.clips} {self.points}"
+                told = (
+                    f"{VERSION} {stage.name} {seconds} {self.pool} {self.clips} "
+                    f"{self.points}"
+                )
                 key = hashlib.sha256(f"{told} {dumps(config)}".encode()).hexdigest()[
                     :16
                 ]
@@ -247,7 +269,8 @@ def write_report(study: Study, results: Results) -> str:
     for stage in study.stages:
         if by_arm := every[stage.name]:
             tasks = [task for task in done if task.stage == stage.name]
-            base = every[stage.against or stage.name].get(study.baseline, {})
+            against = every[stage.against or stage.name]
+            base = against.get(stage.baseline or study.baseline, {})
             parts.append(_stage_text(study, stage, by_arm, base))
             _draw_curves(by_arm, results.folder / f"curves-{stage.name}.png")
             _draw_crops(tasks, results, results.folder / f"crops-{stage.name}.png")
@@ -305,6 +328,12 @@ def _row(arm: str, records: BySeed, base: BySeed) -> dict[str, str]:
     for key, title in (("before", "also before"), ("after", "also after")):
         values = [r["also"][key] for r in records.values() if r["also"][key]]
         row[title] = _told(estimate(values)) if values else ""
+    for key, title in GUIDANCE.items():
+        values = [r["guidance"][key] for r in records.values() if "guidance" in r]
+        row[title] = _told(estimate(values)) if values else ""
+    if any("collapsed" in r for r in records.values()):
+        is_collapsed = any(r.get("collapsed", False) for r in records.values())
+        row["collapsed"] = "yes" if is_collapsed else "no"
     row["skipped"] = str(sum(r["skipped"] for r in records.values()))
     losses = [(r["first_loss"], r["last_loss"]) for r in records.values()]
     row["loss"] = f"{_mean(losses, 0):.4f} to {_mean(losses, 1):.4f}"
@@ -319,7 +348,7 @@ def _mean(pairs: Sequence[tuple[float, float]], place: int) -> float:
 def diverged(record: Mapping[str, Any]) -> bool:
     """Whether a training ended with a loss that is not finite, or no lower than first.
 
-    Steps that were skipped are told apart.
+    Steps that were skipped are told apart, unless all were.
     """
     last = record["last_loss"]
     return not (math.isfinite(last) and last < record["first_loss"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +14,15 @@ from torch import Tensor
 
 from taehv import bench_recipe
 from taehv.bench import Bench
-from taehv.bench_recipe import Pace, points, told_losses
+from taehv.bench_recipe import Lab, Pace, points, told_losses, told_steps
 from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.index import build_file_lists
 from taehv.measure import Report
 from taehv.pool import Pool, PoolSize
-from taehv.sections import Data, Parallelism
-from taehv.study import Results, Study, diverged, reached
+from taehv.sections import Config, Data, Parallelism
+from taehv.step import StepResult
+from taehv.study import GUIDANCE, Results, Study, diverged, reached
 from taehv.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,6 +76,13 @@ against = "first"
 """
 
 
+TAUGHT = """
+[common.teacher]
+kind = "hunyuanvideo"
+path = "vae"
+"""
+
+
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     path = tmp_path / "study.toml"
@@ -109,6 +119,13 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
         ("frames = 9", "frames = 4", "cannot be cut"),
         ('name = "plain"', 'teacher.kind = "a:B"\nname = "plain"', "teacher of"),
         ("optim.betas", "data.stride = [2, 2]\noptim.betas", "the data of"),
+        ("optim.betas", "data.lead_in = 0\noptim.betas", "the data of"),
+        (
+            '[[arms]]\nname = "plain"',
+            f'{TAUGHT}[[arms]]\ndata.flip = 0.0\nname = "plain"',
+            "the data of",
+        ),
+        ('against = "first"', 'baseline = "b"', "no arm 'b'"),
         ("[pool]", "[pool", "--study"),
     ],
 )
@@ -145,24 +162,80 @@ def test_steps_that_fit_into_a_time() -> None:
     assert Pace(0, 0.2, 0.2).steps(3) == 15
 
 
+def test_guided_steps_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def step(lab: Lab, student: SimpleNamespace) -> None:
+        begun.append(student.steps)
+        student.steps += 1
+
+    monkeypatch.setattr(Lab, "_step", step)
+    monkeypatch.setattr(
+        Lab, "_begun", lambda lab, config: SimpleNamespace(config=config)
+    )
+    monkeypatch.setattr(bench_recipe, "TIMED_STEPS", 2)
+    lab = object.__new__(Lab)
+    lab.device, lab.paces = torch.device("cpu"), {}
+    config = Config()
+    config.seraena.start_step, config.seraena.interval = 500, 2
+    pace = lab._pace(config)
+    assert pace.first_steps == 0 and pace.first == pace.later
+    assert begun == list(range(18))
+    config.seraena.enable = True
+    pace = lab._pace(config)
+    assert pace.first_steps == 500 and pace.first != pace.later
+    assert begun[18:] == [*range(18), *range(500, 518)]
+
+
 def test_points_of_a_curve_are_close_at_the_start() -> None:
     assert points(400, 4) == [0, 25, 100, 225, 400]
     assert points(2, 3) == [0, 0, 1, 2]
 
 
+def steps_of(losses: list[float]) -> list[dict[str, float]]:
+    return [{"loss": loss, "is_good": 1.0} for loss in losses]
+
+
 def test_what_diverged() -> None:
-    values_S2 = torch.ones(100, 2)
-    values_S2[:, 0] = torch.linspace(2, 1, 100)
-    values_S2[50] = torch.tensor([torch.inf, 0])
-    told = told_losses(values_S2)
+    steps = steps_of([2 - i / 100 for i in range(100)])
+    steps[50] = {"loss": math.inf, "is_good": 0.0}
+    told = told_losses(steps)
     assert told["skipped"] == 1 and not diverged(told)
     assert told["first_loss"] == pytest.approx(2, abs=0.05)
-    assert diverged(told_losses(values_S2.flip(0)))
-    values_S2[0] = values_S2[-1] = torch.tensor([torch.nan, 0])
-    assert not diverged(told_losses(values_S2))
-    values_S2[-1, 1] = 1
-    values_S2[-1, 0] = torch.nan
-    assert diverged(told_losses(values_S2))
+    assert "guidance" not in told
+    assert diverged(told_losses(steps[::-1]))
+    steps[0] = steps[-1] = {"loss": math.nan, "is_good": 0.0}
+    assert not diverged(told_losses(steps))
+    steps[-1] = {"loss": math.nan, "is_good": 1.0}
+    assert diverged(told_losses(steps))
+    assert diverged(told_losses([step | {"is_good": 0.0} for step in steps]))
+
+
+def test_what_is_told_of_guidance() -> None:
+    steps = steps_of([2 - i / 400 for i in range(400)])
+    for step in steps[100:]:
+        step |= {"loss": step["loss"] + 0.2, "adversarial": 4.0, "seraena/weight": 0.05}
+        step |= {f"seraena/accuracy_{kind}": 0.9 for kind in ("real", "fresh")}
+        step["seraena/gradient_ratio"] = 0.5
+    steps[-1]["seraena/accuracy_real"] = math.nan
+    told = told_losses(steps)
+    assert told["last_loss"] == pytest.approx(1, abs=0.1)
+    expected = {"accuracy_real": 0.9, "accuracy_fresh": 0.9, "gradient_ratio": 0.5}
+    assert told["guidance"] == pytest.approx(expected) and not told["collapsed"]
+    for step in steps[100:]:
+        step |= {f"seraena/accuracy_{kind}": 1.0 for kind in ("real", "fresh")}
+    assert told_losses(steps)["collapsed"]
+
+
+def test_steps_have_their_values_by_name() -> None:
+    found = [
+        StepResult(["loss"], torch.tensor([1.0, 2.0, 1.0, 5.0, 6.0])),
+        StepResult(["loss", "mse"], torch.tensor([3.0, 4.0, 2.0, 0.0, 7.0])),
+    ]
+    assert told_steps(found) == [
+        {"loss": 1, "norm": 2, "is_good": 1},
+        {"loss": 3, "mse": 4, "norm": 2, "is_good": 0},
+    ]
 
 
 def test_a_line_that_was_cut_off_costs_itself(tmp_path: Path) -> None:
@@ -223,6 +296,9 @@ def test_free_clips_lie_anywhere_and_have_colors_of_their_own(videos: Path) -> N
     assert torch.equal(again, batch.frames_NTHWC[7:9])
     other = pool.batch(variant, still, 4, range(80)).frames_NTHWC
     assert not torch.equal(other, batch.frames_NTHWC)
+    # Neither is done to the windows.
+    other = Pool.decoded(replace(still, color_jitter=0.5), files, size, device, None)
+    assert torch.equal(other.frames_WTHWC, pool.frames_WTHWC)
     flipped = pool.batch(variant, replace(data, flip=1.0), 3, range(80)).frames_NTHWC
     assert torch.equal(flipped, batch.frames_NTHWC.flip(3))
     assert torch.equal(batch.color_N34, torch.eye(3, 4).expand(80, 3, 4))
@@ -261,6 +337,7 @@ def test_a_study_is_trained_and_told(
     assert default["curve"][-1]["raw"] == pytest.approx(default["raw"]["psnr"], abs=0.1)
     # With guidance alone, which is 1 off, it would be 1.
     assert guided["last_loss"] == pytest.approx(default["last_loss"], rel=0.5)
+    assert guided["guidance"].keys() == GUIDANCE.keys() and not guided["collapsed"]
     assert timed["steps"] == max(2, round(300 / timed["step_ms"]))
     assert default["also"]["before"] != default["also"]["after"] > 5
     # Another call trains nothing, and tells the same.
