@@ -78,20 +78,28 @@ class Muon:
         """Apply the gradients over a finite divisor, or nothing where they are bad."""
         parts = [matrix.part for matrix in self.matrices]
         momenta = [matrix.momentum for matrix in self.matrices]
+        # Of one buffer, since a kernel for each takes longer to start than to run.
+        flat = torch.cat([part.grad.flatten() for part in parts])
         # What is not finite would remain so times zero.
-        gradients = [part.grad.nan_to_num(0, 0, 0) for part in parts]
-        torch._foreach_div_(gradients, divisor.to(parts[0].dtype))
+        flat.nan_to_num_(0, 0, 0).div_(divisor.to(flat.dtype))
+        ahead = self._split(flat)
         share = (1 - MOMENTUM) * is_good.to(divisor)
         torch._foreach_mul_(momenta, 1 - share)
-        torch._foreach_add_(momenta, torch._foreach_mul(gradients, share))
-        ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        torch._foreach_add_(momenta, torch._foreach_mul(ahead, share))
+        torch._foreach_lerp_(ahead, momenta, MOMENTUM)
         for matrix in self.matrices if self.weight_decay else ():
             matrix.part.mul_(1 - matrix.rate * is_good * self.weight_decay)
-        torch._foreach_sub_(parts, self._steps(ahead, is_good))
+        torch._foreach_sub_(parts, self._steps(flat, is_good))
 
-    def _steps(self, parts: list[Tensor], is_good: Tensor) -> list[Tensor]:
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        """This process's part of each weight, out of all of them."""
+        parts = [matrix.part for matrix in self.matrices]
+        pieces = flat.split([part.numel() for part in parts])
+        return [x.view(part.shape) for x, part in zip(pieces, parts, strict=True)]
+
+    def _steps(self, flat: Tensor, is_good: Tensor) -> list[Tensor]:
         """This process's parts of all steps, of its parts of the directions."""
-        wholes = self._whole([part.to(self.dtype) for part in parts])
+        wholes = self._whole(self._split(flat.to(self.dtype)))
         alike = defaultdict(list)
         for index, matrix in enumerate(self.matrices):
             alike[matrix.size, matrix.rate].append(index)
@@ -99,14 +107,15 @@ class Muon:
         for ((groups, rows, columns), rate), indices in alike.items():
             each = [wholes[i].view(groups, rows, columns) for i in indices]
             scale = STEP_RMS * math.sqrt(max(rows, columns)) * rate * is_good
-            steps_BRC = orthogonal(torch.cat(each)).to(parts[0].dtype) * scale
+            steps_BRC = orthogonal(torch.cat(each)).to(flat.dtype) * scale
             found |= zip(indices, steps_BRC.split(groups), strict=True)
-        return [self._own(found[i], part) for i, part in enumerate(parts)]
+        matrices = enumerate(self.matrices)
+        return [self._own(found[i], matrix.part) for i, matrix in matrices]
 
     def _whole(self, parts: list[Tensor]) -> list[Tensor]:
         """All processes' parts, each weight's rows of all groups in one matrix."""
         columns = [matrix.size[2] for matrix in self.matrices]
-        parts_RC = [p.reshape(-1, C) for p, C in zip(parts, columns, strict=True)]
+        parts_RC = [p.view(-1, C) for p, C in zip(parts, columns, strict=True)]
         if self.shard_group is None:
             return parts_RC
         size = self.shard_group.size()
