@@ -260,7 +260,7 @@ class Lab:
         self.paces: dict[str, Pace] = {}
 
     def _held(self, config: Config, files: Any) -> Held:
-        clips = self.study.clips
+        clips = self.study.scale.clips
         batches = validation_batches(config.data, files, range(clips), clips, BATCH)
         whole = [self._on_device(b) for b in batches if len(b.frames_NTHWC)]
         if not whole:
@@ -309,7 +309,7 @@ class Lab:
     def _curve(self, student: Student, pace: Pace) -> Record:
         """Train to the last step; returns the PSNR on the way there, and the losses."""
         curve, found, spent = [], [], 0.0
-        for point in points(student.config.training.steps, self.study.points):
+        for point in points(student.config.training.steps, self.study.scale.points):
             begin = time.perf_counter()
             while student.steps < point:
                 found.append(self._step(student))

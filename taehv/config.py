@@ -16,10 +16,10 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union
+from typing import Any, Literal, NoReturn, TypeVar, Union
 
 import tomli
 
@@ -27,6 +27,7 @@ from taehv.errors import UserError, nearest, run_command
 from taehv.rules import check_batch, check_config, check_mesh, check_paths
 from taehv.sections import Config, get
 
+T = TypeVar("T")
 INDIFFERENT = {
     *("job", "cache", "parallelism", "compile", "checkpoint", "validation", "logging"),
     *("data.root", "data.annotations", "data.cache", "data.workers", "data.prefetch"),
@@ -80,6 +81,30 @@ def dumps(config: Config) -> str:
         lines += [f"{key} = {_toml(value)}" for key, value in section.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def table(kind: type[T], tree: Mapping[str, Any], where: str) -> T:
+    """A dataclass of what a table of TOML holds.
+
+    Raises:
+        UserError: something is missing, unknown or of another type; it begins by where.
+    """
+    known = typing.get_type_hints(kind)
+    values = {}
+    for name, value in tree.items():
+        if name not in known:
+            raise UserError(f"{where}: unknown {name}{nearest(name, known)}")
+        values[name] = _fitted(value, known[name])
+        if values[name] is None:
+            told = json.dumps(value, default=str)
+            raise UserError(
+                f"{where}: {name} = {told} must be {_type_name(known[name])}"
+            )
+    for field in fields(kind):
+        is_needed = field.default is MISSING and field.default_factory is MISSING
+        if is_needed and field.name not in values:
+            raise UserError(f"{where}: {field.name} is missing")
+    return kind(**values)
 
 
 def changes(before: str, now: Config) -> dict[str, tuple[Any, Any]]:

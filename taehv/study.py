@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from taehv.cache import check_fit
-from taehv.config import dumps, load_config
+from taehv.config import dumps, load_config, table
 from taehv.errors import UserError
 from taehv.metrics import Estimate, estimate
 from taehv.pool import PoolSize
@@ -91,15 +91,23 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Study:
-    """Stages in the order in which they are trained, and the settings of each arm."""
+class Scale:
+    """Of a study as a whole."""
 
     baseline: str
-    pool: PoolSize
+    """An arm."""
     clips: int
     """Held-out ones."""
     points: int
     """Of a curve."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Stages in the order in which they are trained, and the settings of each arm."""
+
+    scale: Scale
+    pool: PoolSize
     arms: dict[str, Settings]
     stages: list[Stage]
     common: Settings
@@ -113,35 +121,55 @@ class Study:
             given: settings of all arms, over those of the file.
 
         Raises:
-            UserError: it cannot be read, or something in it is unknown.
+            UserError: it cannot be read, or something in it is unknown or illegal.
         """
+        where = f"--study {path}"
         try:
             tree = tomli.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
-            raise UserError(f"--study {path}: {error}") from None
-        try:
-            common = {**_flat(tree.pop("common", {})), **given}
-            arms = _arms(tree.pop("arms"), common)
-            stages = [Stage(**stage) for stage in tree.pop("stages")]
-            study = cls(
-                pool=PoolSize(**tree.pop("pool")),
-                arms=arms,
-                stages=stages,
-                common=common,
-                **tree,
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"--study {path}: wrong or missing: {error}") from None
-        own = [s.baseline for s in stages if s.baseline]
-        listed = itertools.chain(*(s.arms for s in stages))
-        for name in [study.baseline, *own, *listed]:
-            if name not in arms:
-                raise UserError(f"--study {path}: no arm {name!r} among {list(arms)}")
+        except OSError as error:
+            raise UserError(f"{where}: {error.strerror}") from None
+        except (UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+            raise UserError(f"{where}: {error}") from None
+        common = {**_flat(tree.pop("common", {}), f"{where}: [common]"), **given}
+        arms = _arms(_tables(tree, "arms", where), common, where)
+        stages = [
+            table(Stage, stage, f"{where}: a stage")
+            for stage in _tables(tree, "stages", where)
+        ]
+        pool = table(PoolSize, _table(tree.pop("pool", {}), where), f"{where}: [pool]")
+        study = cls(table(Scale, tree, where), pool, arms, stages, common)
+        study._check_names(where)
+        study._check_numbers(where)
         for task in study.tasks:
-            study._check(path, task.config)
+            study._check(where, task.config)
         return study
 
-    def _check(self, path: Path, config: Config) -> None:
+    def _check_names(self, where: str) -> None:
+        names = [stage.name for stage in self.stages]
+        own = [s.baseline for s in self.stages if s.baseline]
+        listed = itertools.chain(*(s.arms for s in self.stages))
+        for name in [self.scale.baseline, *own, *listed]:
+            if name not in self.arms:
+                raise UserError(f"{where}: no arm {name!r} among {list(self.arms)}")
+        for stage in self.stages:
+            if stage.against and stage.against not in names:
+                raise UserError(f"{where}: no stage {stage.against!r} among {names}")
+            if names.count(stage.name) > 1:
+                raise UserError(f"{where}: several stages {stage.name!r}")
+
+    def _check_numbers(self, where: str) -> None:
+        scale = {"clips": self.scale.clips, "points": self.scale.points}
+        for name, number in {**scale, **vars(self.pool)}.items():
+            if number < 1:
+                raise UserError(f"{where}: {name} = {number} must be at least 1")
+        for stage in self.stages:
+            if (stage.seconds > 0) == (stage.steps > 0) or not stage.seeds:
+                raise UserError(
+                    f"{where}: stage {stage.name!r} needs seconds or steps, above 0, "
+                    "and seeds"
+                )
+
+    def _check(self, where: str, config: Config) -> None:
         """Whether clips of an arm can be cut from the windows that all share."""
         common, clip = self.config(), config.data.usual_shape[:3]
         if common.teacher.kind:
@@ -149,17 +177,15 @@ class Study:
         elif any(n > size for n, size in zip(clip, self.pool.shape, strict=True)):
             sizes = [" x ".join(map(str, shape)) for shape in (clip, self.pool.shape)]
             raise UserError(
-                f"--study {path}: clips of {sizes[0]} cannot be cut from windows of "
-                f"{sizes[1]}"
+                f"{where}: clips of {sizes[0]} cannot be cut from windows of {sizes[1]}"
             )
         if config.teacher != common.teacher:
-            raise UserError(f"--study {path}: all arms have the teacher of [common]")
+            raise UserError(f"{where}: all arms have the teacher of [common]")
         own = OF_CLIPS if common.teacher.kind else OF_FREE_CLIPS
         theirs = {name: getattr(config.data, name) for name in own}
         if config.data != replace(common.data, **theirs):
             raise UserError(
-                f"--study {path}: all arms have the data of [common], but for "
-                f"{', '.join(own)}"
+                f"{where}: all arms have the data of [common], but for {', '.join(own)}"
             )
 
     def config(self, arm: str | None = None, **more: Any) -> Config:
@@ -194,8 +220,8 @@ class Study:
                 seconds = 0.0 if stage.steps else stage.seconds
                 # Whatever a curve and its measures are of is part of the key.
                 told = (
-                    f"{VERSION} {stage.name} {seconds} {self.pool} {self.clips} "
-                    f"{self.points}"
+                    f"{VERSION} {stage.name} {seconds} {self.pool} {self.scale.clips} "
+                    f"{self.scale.points}"
                 )
                 key = hashlib.sha256(f"{told} {dumps(config)}".encode()).hexdigest()[
                     :16
@@ -205,19 +231,36 @@ class Study:
         return found
 
 
-def _arms(listed: Sequence[Settings], common: Settings) -> dict[str, Settings]:
+def _table(value: Any, where: str) -> Settings:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {json.dumps(value, default=str)} must be a table")
+    return value
+
+
+def _tables(tree: Settings, name: str, where: str) -> list[Settings]:
+    """Those of [[name]], of which there must be some."""
+    listed = tree.pop(name, [])
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{where}: there must be [[{name}]]")
+    return [_table(value, f"{where}: [[{name}]]") for value in listed]
+
+
+def _arms(listed: list[Settings], common: Settings, where: str) -> dict[str, Settings]:
     arms: dict[str, Settings] = {}
     for arm in listed:
-        settings = {k: v for k, v in arm.items() if k not in ("name", "of")}
-        base = arms[arm["of"]] if "of" in arm else common
-        arms[arm["name"]] = {**base, **_flat(settings)}
+        name, base = arm.pop("name", None), arm.pop("of", None)
+        if not isinstance(name, str) or name in arms:
+            raise UserError(f"{where}: each of [[arms]] needs a name of its own")
+        if base is not None and base not in arms:
+            raise UserError(f"{where}: no arm {base!r} comes before {name!r}")
+        settings = _flat(arm, f"{where}: arm {name!r}")
+        arms[name] = {**(common if base is None else arms[base]), **settings}
     return arms
 
 
-def _flat(tree: Mapping[str, Mapping[str, Any]]) -> Settings:
-    return {
-        f"{s}.{name}": v for s, values in tree.items() for name, v in values.items()
-    }
+def _flat(tree: Settings, where: str) -> Settings:
+    sections = {name: _table(values, where) for name, values in tree.items()}
+    return {f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()}
 
 
 def _text(value: Any) -> str:
@@ -270,7 +313,7 @@ def write_report(study: Study, results: Results) -> str:
         if by_arm := every[stage.name]:
             tasks = [task for task in done if task.stage == stage.name]
             against = every[stage.against or stage.name]
-            base = against.get(stage.baseline or study.baseline, {})
+            base = against.get(stage.baseline or study.scale.baseline, {})
             parts.append(_stage_text(study, stage, by_arm, base))
             _draw_curves(by_arm, results.folder / f"curves-{stage.name}.png")
             _draw_crops(tasks, results, results.folder / f"crops-{stage.name}.png")

@@ -127,6 +127,17 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
         ),
         ('against = "first"', 'baseline = "b"', "no arm 'b'"),
         ("[pool]", "[pool", "--study"),
+        ("clips = 2", "clips = 0", "clips = 0 must be at least 1"),
+        ("windows = 6", "windows = 6.5", "windows = 6.5 must be an integer"),
+        ("[pool]", 'other = "x"\n[pool]', "unknown other"),
+        ("seeds = [1]", "seeds = 1", "seeds = 1 must be a list"),
+        ("seeds = [1]", "seeds = []", "needs seconds or steps, above 0, and seeds"),
+        ("seconds = 0.3", "seconds = 0", "'second' needs seconds or steps"),
+        ("seconds = 0.3", "seconds = 1\nsteps = 1", "'second' needs seconds or"),
+        ('name = "second"', 'name = "first"', "several stages 'first'"),
+        ('against = "first"', 'against = "third"', "no stage 'third'"),
+        ('name = "default"', 'name = "plain"', "a name of its own"),
+        ('name = "default"', 'color = 0.2\nname = "default"', "0.2 must be a table"),
     ],
 )
 def test_mistakes_in_a_study(study: Path, old: str, new: str, told: str) -> None:
