@@ -111,7 +111,7 @@ def test_whatever_happens_the_losses_are_the_same(
     process.prints("the workers of the data loader start anew")
     process.wait_for(lambda: len(run.metrics()) >= 7)
     os.kill(process.rank(1), signal.SIGKILL)
-    output = process.end()
+    output = process.end(seconds=300)  # it starts twice more
     assert output.count("resuming from") == 2
     (told,) = [line for line in output.splitlines() if "out of GPU memory" in line]
     assert told.startswith("error: ") and "with 2 clips at a time" in told
