@@ -14,7 +14,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -120,23 +120,31 @@ def bench_recipe(bench: Bench) -> None:
     options = bench.options
     if not options.root:
         raise UserError("--recipe needs --root: a folder of videos")
-    end = time.time() + (options.seconds_limit or float("inf"))
-    given = {"data.root": options.root, "training.device": bench.device.type}
-    given |= dict(_given(text) for text in options.set or [])
-    also = options.also or ""
+    limit = math.inf if options.seconds_limit is None else options.seconds_limit
+    if not limit > 0:
+        raise UserError(f"--seconds-limit {limit:g} must be above 0")
+    own = {"data.root": options.root, "training.device": bench.device.type}
+    given = own | dict(_given(text, own) for text in options.set or [])
+    also, end = options.also or "", time.time() + limit
     job = Job(options.study, options.stages, given, options.output, also, end)
     study, results = job.read()
-    left = _left(study, results)
+    left = begun = _left(study, results)
     processes = min(torch.cuda.device_count(), len(left))
     if processes:
         _train_in_processes(job, left, processes)
     else:
         train_tasks(job, bench.world, iter(left))
     whole = Study.read(job.study, job.given)
-    bench.report.say(write_report(whole, results))
+    told = [f"{options.study}, {options.root}", *(options.set or [])]
+    bench.report.say(write_report(whole, results, ", ".join(told)))
     left = _left(study, results)
     if left:
         bench.report.say(f"{len(left)} trainings are left: the same command goes on")
+    if left and len(left) == len(begun) and limit < math.inf:
+        bench.report.say(
+            f"none began: the first takes {BESIDE_SECONDS:.0f} s beside its own time, "
+            "give a longer --seconds-limit"
+        )
 
 
 def _left(study: Study, results: Results) -> list[Task]:
@@ -145,10 +153,14 @@ def _left(study: Study, results: Results) -> list[Task]:
     return [task for task in study.tasks if task.key not in done]
 
 
-def _given(text: str) -> tuple[str, str]:
+def _given(text: str, own: Mapping[str, str]) -> tuple[str, str]:
     key, sign, value = text.partition("=")
-    if not sign:
+    if not sign or "." not in key:
         raise UserError(f"--set {text}: give section.setting=value")
+    if key in (*own, "data.cache"):
+        raise UserError(
+            f"--set {key}: videos come from --root, and the device from --device"
+        )
     return key, value
 
 
@@ -261,10 +273,12 @@ class Lab:
 
     def _held(self, config: Config, files: Any) -> Held:
         clips = self.study.scale.clips
+        if not len(files):
+            raise UserError("no video is held out: name some in data.holdout")
         batches = validation_batches(config.data, files, range(clips), clips, BATCH)
         whole = [self._on_device(b) for b in batches if len(b.frames_NTHWC)]
         if not whole:
-            raise UserError("no clip of held-out files: name some in data.holdout")
+            raise UserError("none of the videos to judge by can be decoded")
         return Held(whole)
 
     def _on_device(self, batch: Batch) -> Batch:
@@ -284,6 +298,7 @@ class Lab:
             training = replace(training, steps=max(2, pace.steps(task.seconds)))
         student = self._begun(replace(task.config, training=training))
         before = self._also(student)
+        self._warn_of_guidance(task, training.steps)
         told = settings_told(task) | {
             "device": self.device_name,
             "steps": training.steps,
@@ -305,6 +320,14 @@ class Lab:
             f"{told['ema']['psnr']:.2f}"
         )
         return told
+
+    def _warn_of_guidance(self, task: Task, steps: int) -> None:
+        seraena = task.config.seraena
+        if seraena.enable and seraena.start_step >= steps:
+            log.warning(
+                f"{task.stage}, {task.arm}: guidance never begins, since "
+                f"seraena.start_step = {seraena.start_step} and there are {steps} steps"
+            )
 
     def _curve(self, student: Student, pace: Pace) -> Record:
         """Train to the last step; returns the PSNR on the way there, and the losses."""

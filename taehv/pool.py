@@ -6,12 +6,14 @@ runs, so that these differ in nothing but their settings.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from taehv.augment import color_transform, to_frames
 from taehv.cache import place_crop
@@ -23,6 +25,8 @@ from taehv.sampler import POOLED, Steps, draw, permute
 from taehv.sections import Data
 from taehv.teacher import Teacher
 from taehv.variants import Variant
+
+log = logging.getLogger("taehv")
 
 AT_ONCE = 8
 """Windows that are decoded, and encoded by a teacher, at a time."""
@@ -85,8 +89,11 @@ class Pool:
         )
         latents = []
         try:
-            for part_WTHWC in frames_WTHWC.split(AT_ONCE):
+            parts = frames_WTHWC.split(AT_ONCE)
+            for part_WTHWC in tqdm(parts, "decoding", disable=None, leave=False):
                 batch = next(loader)
+                for failure in batch.failures:
+                    log.warning(f"replaced a clip of a bad video: {failure}")
                 frames_NTCHW = to_frames(batch, device)[: len(part_WTHWC)]
                 part_WTHWC.copy_((frames_NTCHW * 255).round_().movedim(2, -1))
                 if teacher is not None:

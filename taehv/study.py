@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -156,6 +157,11 @@ class Study:
                 raise UserError(f"{where}: no stage {stage.against!r} among {names}")
             if names.count(stage.name) > 1:
                 raise UserError(f"{where}: several stages {stage.name!r}")
+            if not re.fullmatch(r"[\w.-]+", stage.name):
+                raise UserError(
+                    f"{where}: stage {stage.name!r}: files are named by it, so give "
+                    "letters and digits"
+                )
 
     def _check_numbers(self, where: str) -> None:
         scale = {"clips": self.scale.clips, "points": self.scale.points}
@@ -182,11 +188,12 @@ class Study:
         if config.teacher != common.teacher:
             raise UserError(f"{where}: all arms have the teacher of [common]")
         own = OF_CLIPS if common.teacher.kind else OF_FREE_CLIPS
-        theirs = {name: getattr(config.data, name) for name in own}
-        if config.data != replace(common.data, **theirs):
-            raise UserError(
-                f"{where}: all arms have the data of [common], but for {', '.join(own)}"
-            )
+        for name, value in vars(common.data).items():
+            if name not in own and getattr(config.data, name) != value:
+                raise UserError(
+                    f"{where}: an arm has a data.{name} of its own: all have the data "
+                    f"of [common], but for {', '.join(own)}"
+                )
 
     def config(self, arm: str | None = None, **more: Any) -> Config:
         """Settings of an arm, or those that all share."""
@@ -220,8 +227,8 @@ class Study:
                 seconds = 0.0 if stage.steps else stage.seconds
                 # Whatever a curve and its measures are of is part of the key.
                 told = (
-                    f"{VERSION} {stage.name} {seconds} {self.pool} {self.scale.clips} "
-                    f"{self.scale.points}"
+                    f"{VERSION} {stage.name} {seconds} {stage.keep} {self.pool} "
+                    f"{self.scale.clips} {self.scale.points}"
                 )
                 key = hashlib.sha256(f"{told} {dumps(config)}".encode()).hexdigest()[
                     :16
@@ -272,13 +279,16 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "results.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path.open("a").close()
+        except OSError as error:
+            raise UserError(f"--output {folder}: {error.strerror}") from None
 
     def read(self) -> dict[str, Record]:
         """By the keys of their tasks."""
-        if not self.path.exists():
-            return {}
-        records = map(_parsed, self.path.read_text(encoding="utf-8").splitlines())
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        records = map(_parsed, text.splitlines())
         return {record["key"]: record for record in records if record}
 
     def add(self, record: Record) -> None:
@@ -294,16 +304,21 @@ class Results:
 def _parsed(line: str) -> Record | None:
     """None for a line that was cut off, whose training is done again."""
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
+    return record if isinstance(record, dict) and "key" in record else None
 
 
 # --- what it shows -----------------------------------------------------------------
 
 
-def write_report(study: Study, results: Results) -> str:
-    """Write recipe.md and its pictures into the folder, and return the text."""
+def write_report(study: Study, results: Results, about: str) -> str:
+    """Write recipe.md and its pictures into the folder, and return the tables.
+
+    Args:
+        about: a line above them, of what the command was given.
+    """
     found, parts = results.read(), []
     done = [task for task in study.tasks if task.key in found]
     every: dict[str, dict[str, dict[int, Record]]] = {s.name: {} for s in study.stages}
@@ -318,7 +333,8 @@ def write_report(study: Study, results: Results) -> str:
             _draw_curves(by_arm, results.folder / f"curves-{stage.name}.png")
             _draw_crops(tasks, results, results.folder / f"crops-{stage.name}.png")
     text = "\n".join(parts)
-    (results.folder / "recipe.md").write_text(text, encoding="utf-8")
+    path = results.folder / "recipe.md"
+    path.write_text(f"`{about}`\n\n{text}", encoding="utf-8")
     return text
 
 
@@ -375,17 +391,20 @@ def _row(arm: str, records: BySeed, base: BySeed) -> dict[str, str]:
         values = [r["guidance"][key] for r in records.values() if "guidance" in r]
         row[title] = _told(estimate(values)) if values else ""
     if any("collapsed" in r for r in records.values()):
-        is_collapsed = any(r.get("collapsed", False) for r in records.values())
-        row["collapsed"] = "yes" if is_collapsed else "no"
+        row["collapsed"] = _share([r.get("collapsed", False) for r in records.values()])
     row["skipped"] = str(sum(r["skipped"] for r in records.values()))
     losses = [(r["first_loss"], r["last_loss"]) for r in records.values()]
     row["loss"] = f"{_mean(losses, 0):.4f} to {_mean(losses, 1):.4f}"
-    row["diverged"] = "yes" if any(diverged(r) for r in records.values()) else "no"
+    row["diverged"] = _share([diverged(r) for r in records.values()])
     return row
 
 
 def _mean(pairs: Sequence[tuple[float, float]], place: int) -> float:
     return statistics.mean(pair[place] for pair in pairs)
+
+
+def _share(values: Sequence[bool]) -> str:
+    return "no" if not any(values) else f"{sum(values)} of {len(values)}"
 
 
 def diverged(record: Mapping[str, Any]) -> bool:

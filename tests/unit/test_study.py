@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +137,7 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
         ("seconds = 0.3", "seconds = 0", "'second' needs seconds or steps"),
         ("seconds = 0.3", "seconds = 1\nsteps = 1", "'second' needs seconds or"),
         ('name = "second"', 'name = "first"', "several stages 'first'"),
+        ('name = "second"', 'name = "a/b"', "letters and digits"),
         ('against = "first"', 'against = "third"', "no stage 'third'"),
         ('name = "default"', 'name = "plain"', "a name of its own"),
         ('name = "default"', 'color = 0.2\nname = "default"', "0.2 must be a table"),
@@ -146,6 +149,40 @@ def test_mistakes_in_a_study(study: Path, old: str, new: str, told: str) -> None
     with pytest.raises(UserError, match=told) as raised:
         Study.read(study, {})
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"seconds_limit": 0}, "--seconds-limit 0 must be above 0"),
+        ({"seconds_limit": math.nan}, "--seconds-limit nan"),
+        ({"set": ["data.cache=a"]}, "--set data.cache: videos come from --root"),
+        ({"set": ["=3"]}, "--set =3: give section.setting=value"),
+        ({"stages": ["third"]}, "no stage 'third'"),
+    ],
+)
+def test_mistakes_in_a_command(
+    videos: Path, study: Path, tmp_path: Path, given: dict[str, object], told: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(told)) as raised:
+        bench(videos, study, tmp_path / "output", **given)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_single_video_leaves_none_to_judge_by(
+    videos: Path, study: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copy(min(videos.glob("*.mp4")), tmp_path / "one")
+    with pytest.raises(UserError, match="no video is held out"):
+        bench(tmp_path / "one", study, tmp_path / "output", set=["data.holdout=[]"])
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(UserError, match="--output"):
+            Results(folder)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("tests/gpu/*.toml")), ids=str)
@@ -254,7 +291,7 @@ def test_a_line_that_was_cut_off_costs_itself(tmp_path: Path) -> None:
     assert results.read() == {}
     results.add({"key": "a", "n": 1})
     text = results.path.read_text()
-    results.path.write_text(text + '{"key": "b", "n"')
+    results.path.write_bytes(text.encode() + b'[1]\n\xff\n{"key": "b", "n"')
     results.add({"key": "c"})
     assert results.read() == {"a": {"key": "a", "n": 1}, "c": {"key": "c"}}
 
@@ -337,7 +374,7 @@ def test_a_study_is_trained_and_told(
     monkeypatch.setattr(bench_recipe, "TIMED_SECONDS", 0.1)
     output = tmp_path / "output"
     told = bench(videos, study, output, seconds_limit=1)
-    assert told == "\n5 trainings are left: the same command goes on"
+    assert "\n5 trainings are left: the same command goes on\nnone began:" in told
     told = bench(videos, study, output, also=str(videos))
     records = list(Results(output).read().values())
     plain, bad, default, guided, timed = records
@@ -355,7 +392,7 @@ def test_a_study_is_trained_and_told(
     assert bench(videos, study, output, also=str(videos)) == told
     for text in (
         "| default, bad |",
-        "yes |",
+        "1 of 1 |",
         "`optim.betas = [0.9, 0.99]`",
         "first: 3",
     ):
