@@ -128,7 +128,7 @@ def bench_recipe(bench: Bench) -> None:
     also, end = options.also or "", time.time() + limit
     job = Job(options.study, options.stages, given, options.output, also, end)
     study, results = job.read()
-    left = begun = _left(study, results)
+    left = before = _left(study, results)
     processes = min(torch.cuda.device_count(), len(left))
     if processes:
         _train_in_processes(job, left, processes)
@@ -140,7 +140,7 @@ def bench_recipe(bench: Bench) -> None:
     left = _left(study, results)
     if left:
         bench.report.say(f"{len(left)} trainings are left: the same command goes on")
-    if left and len(left) == len(begun) and limit < math.inf:
+    if left and len(left) == len(before) and limit < math.inf:
         bench.report.say(
             f"none began: the first takes {BESIDE_SECONDS:.0f} s beside its own time, "
             "give a longer --seconds-limit"
@@ -275,10 +275,15 @@ class Lab:
         clips = self.study.scale.clips
         if not len(files):
             raise UserError("no video is held out: name some in data.holdout")
-        batches = validation_batches(config.data, files, range(clips), clips, BATCH)
-        whole = [self._on_device(b) for b in batches if len(b.frames_NTHWC)]
+        whole = []
+        for batch in validation_batches(config.data, files, range(clips), clips, BATCH):
+            for failure in batch.failures:
+                log.warning(f"left out a held-out clip, {failure}")
+            if len(batch.frames_NTHWC):
+                # Told once, and not again in each judging.
+                whole.append(self._on_device(replace(batch, failures=[])))
         if not whole:
-            raise UserError("none of the videos to judge by can be decoded")
+            raise UserError("none of the videos to judge by can be decoded: see above")
         return Held(whole)
 
     def _on_device(self, batch: Batch) -> Batch:
@@ -521,7 +526,7 @@ def told_losses(steps: Sequence[Record]) -> Record:
     }
     if any("adversarial" in step for step in steps):
         watch = CollapseWatch()
-        told["collapsed"] = any([watch.see(step) for step in steps])
+        told["collapsed"] = any(watch.see(step) for step in steps)
         told["guidance"] = {
             name: _mean(
                 [step.get(f"seraena/{name}", math.nan) for step in steps[-part:]]

@@ -142,7 +142,7 @@ class Study:
         study._check_names(where)
         study._check_numbers(where)
         for task in study.tasks:
-            study._check(where, task.config)
+            study._check(f"{where}: arm {task.arm!r}", task.config)
         return study
 
     def _check_names(self, where: str) -> None:
@@ -191,8 +191,8 @@ class Study:
         for name, value in vars(common.data).items():
             if name not in own and getattr(config.data, name) != value:
                 raise UserError(
-                    f"{where}: an arm has a data.{name} of its own: all have the data "
-                    f"of [common], but for {', '.join(own)}"
+                    f"{where} has a data.{name} of its own: all have the data of "
+                    f"[common], but for {', '.join(own)}"
                 )
 
     def config(self, arm: str | None = None, **more: Any) -> Config:

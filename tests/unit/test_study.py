@@ -178,6 +178,23 @@ def test_a_single_video_leaves_none_to_judge_by(
         bench(tmp_path / "one", study, tmp_path / "output", set=["data.holdout=[]"])
 
 
+def test_bad_videos_are_named(
+    videos: Path, study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "videos"
+    shutil.copytree(videos, folder)
+    for name in ("held_bad.mp4", "bad.mp4"):
+        (folder / name).write_text("not a video")
+    with pytest.raises(UserError, match="none of the videos to judge by"):
+        bench(folder, study, tmp_path / "a", set=['data.holdout=["held_bad.mp4"]'])
+    assert "left out a held-out clip" in caplog.text and "held_bad.mp4" in caplog.text
+    caplog.clear()
+    data = Data(root=str(folder), frames=5, height=16, width=16, workers=0)
+    files, _ = build_file_lists(data)
+    Pool.decoded(data, files, PoolSize(16, 5, 16, 16), torch.device("cpu"), None)
+    assert "replaced a clip of a bad video" in caplog.text and "/bad.mp4" in caplog.text
+
+
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file/below"):
@@ -212,11 +229,17 @@ def test_steps_that_fit_into_a_time() -> None:
 
 def test_guided_steps_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
+    seconds = 0.0
 
     def step(lab: Lab, student: SimpleNamespace) -> None:
+        nonlocal seconds
         begun.append(student.steps)
+        seconds += 1.0 if student.steps < 500 else 2.0
         student.steps += 1
 
+    clock = SimpleNamespace(perf_counter=lambda: seconds)
+    monkeypatch.setattr(bench_recipe, "time", clock)
+    monkeypatch.setattr(bench_recipe, "TIMED_SECONDS", 100)
     monkeypatch.setattr(Lab, "_step", step)
     monkeypatch.setattr(
         Lab, "_begun", lambda lab, config: SimpleNamespace(config=config)
@@ -226,12 +249,10 @@ def test_guided_steps_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     lab.device, lab.paces = torch.device("cpu"), {}
     config = Config()
     config.seraena.start_step, config.seraena.interval = 500, 2
-    pace = lab._pace(config)
-    assert pace.first_steps == 0 and pace.first == pace.later
+    assert lab._pace(config) == Pace(0, 1, 1)
     assert begun == list(range(18))
     config.seraena.enable = True
-    pace = lab._pace(config)
-    assert pace.first_steps == 500 and pace.first != pace.later
+    assert lab._pace(config) == Pace(500, 1, 2)
     assert begun[18:] == [*range(18), *range(500, 518)]
 
 
