@@ -46,7 +46,7 @@ from taehv.metrics import clip_psnr
 from taehv.model import TAEHV
 from taehv.perceptual import load_measures
 from taehv.pool import Pool
-from taehv.sections import Config, Parallelism
+from taehv.sections import Config, Data, Parallelism
 from taehv.seraena import CollapseWatch
 from taehv.shards import full
 from taehv.step import StepResult
@@ -80,7 +80,7 @@ MISTAKE = 2
 
 @dataclass(frozen=True)
 class Pace:
-    """How long steps take: the first ones, before adversarial guidance, and others."""
+    """How long steps take: the first ones and others, of guidance or larger clips."""
 
     first_steps: int
     first: float
@@ -298,7 +298,7 @@ class Lab:
 
     def train(self, task: Task) -> Record:
         """Train an arm for its time; returns what it found."""
-        training, pace = task.config.training, self._pace(task.config)
+        training, pace = task.config.training, self._pace(task)
         if task.seconds:
             training = replace(training, steps=max(2, pace.steps(task.seconds)))
         student = self._begun(replace(task.config, training=training))
@@ -308,7 +308,7 @@ class Lab:
             "device": self.device_name,
             "steps": training.steps,
             "step_ms": 1000 * pace.seconds(training.steps) / training.steps,
-            **self._curve(student, pace),
+            **self._curve(student, pace, task),
         }
         for weights in ("raw", "ema"):
             result = self._judged(self._judge(student, weights))
@@ -334,13 +334,15 @@ class Lab:
                 f"seraena.start_step = {seraena.start_step} and there are {steps} steps"
             )
 
-    def _curve(self, student: Student, pace: Pace) -> Record:
+    def _curve(self, student: Student, pace: Pace, task: Task) -> Record:
         """Train to the last step; returns the PSNR on the way there, and the losses."""
         curve, found, spent = [], [], 0.0
         for point in points(student.config.training.steps, self.study.scale.points):
             begin = time.perf_counter()
             while student.steps < point:
-                found.append(self._step(student))
+                is_later = task.later and student.steps >= pace.first_steps
+                data = task.later if is_later else task.config.data
+                found.append(self._step(student, data))
             synchronize(self.device)
             spent += time.perf_counter() - begin
             values = {
@@ -373,33 +375,44 @@ class Lab:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _step(self, student: Student) -> StepResult:
-        """Train by a batch."""
+    def _step(self, student: Student, data: Data) -> StepResult:
+        """Train by a batch of such clips."""
         config = student.config
         size = config.training.global_batch_size
         numbers = range(student.steps * size, (student.steps + 1) * size)
         variant, seed = student.model.variant, config.training.seed
-        return student(self.pool.batch(variant, config.data, seed, numbers))
+        return student(self.pool.batch(variant, data, seed, numbers))
 
-    def _pace(self, config: Config) -> Pace:
-        """The times of steps of these settings."""
+    def _pace(self, task: Task) -> Pace:
+        """The times of steps of a task's settings."""
+        config = task.config
         kind = dumps(replace(config, training=replace(config.training, seed=0)))
+        kind += str(task.later or "")
         if kind not in self.paces:
             student = self._begun(config)
             first = config.seraena.start_step if config.seraena.enable else 0
-            times = [self._timed(student, begin) for begin in sorted({0, first})]
+            starts = sorted({0, first})
+            times = [self._timed(student, config.data, step) for step in starts]
+            if task.later:
+                times.append(self._timed(student, task.later, first))
             self.paces[kind] = Pace(first, times[0], times[-1])
-        return self.paces[kind]
+        pace = self.paces[kind]
+        if task.later:
+            steps = task.config.training.steps
+            if task.seconds:
+                steps = round(2 * task.seconds / (pace.first + pace.later))
+            pace = replace(pace, first_steps=steps // 2)
+        return pace
 
-    def _timed(self, student: Student, begin: int) -> float:
-        """The mean time of steps from one on."""
+    def _timed(self, student: Student, data: Data, begin: int) -> float:
+        """The mean time of steps from one on, of such clips."""
         student.steps = begin
         for _ in range(WARMUP_STEPS * student.config.seraena.interval):
-            self._step(student)
+            self._step(student, data)
         synchronize(self.device)
         start, count = time.perf_counter(), 0
         while count < TIMED_STEPS and time.perf_counter() - start < TIMED_SECONDS:
-            self._step(student)
+            self._step(student, data)
             count += 1
         synchronize(self.device)
         return (time.perf_counter() - start) / count

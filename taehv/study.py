@@ -24,7 +24,7 @@ from taehv.config import dumps, load_config, table
 from taehv.errors import UserError
 from taehv.metrics import Estimate, estimate
 from taehv.pool import PoolSize
-from taehv.sections import Config
+from taehv.sections import Config, Data
 from taehv.variants import VARIANTS
 from taehv.visualize import picture_strip
 
@@ -50,6 +50,8 @@ GUIDANCE = {
     "gradient_ratio": "gradient ratio",
 }
 """What is told of adversarial guidance, of the last twentieth of the steps."""
+OF_AN_ARM = ("name", "of", "then")
+"""What an arm has beside settings."""
 VERSION = 2
 """Changes whenever the same settings would be trained on other clips."""
 OF_CLIPS = ("frames", "height", "width", "lead_in")
@@ -70,6 +72,8 @@ class Task:
     keep: bool
     """Whether the weights are."""
     config: Config
+    later: Data | None
+    """Of the clips of the second half of the steps, where they are others."""
     key: str
     """Names all that the result depends on, but for the machine and the code."""
 
@@ -110,6 +114,8 @@ class Study:
     scale: Scale
     pool: PoolSize
     arms: dict[str, Settings]
+    later: dict[str, str]
+    """The arm whose clips an arm has in the second half of its steps."""
     stages: list[Stage]
     common: Settings
 
@@ -132,17 +138,26 @@ class Study:
         except (UnicodeDecodeError, tomli.TOMLDecodeError) as error:
             raise UserError(f"{where}: {error}") from None
         common = {**_flat(tree.pop("common", {}), f"{where}: [common]"), **given}
-        arms = _arms(_tables(tree, "arms", where), common, where)
+        listed = _tables(tree, "arms", where)
+        arms = _arms(listed, common, where)
+        later = {arm["name"]: arm["then"] for arm in listed if "then" in arm}
         stages = [
             table(Stage, stage, f"{where}: a stage")
             for stage in _tables(tree, "stages", where)
         ]
         pool = table(PoolSize, _table(tree.pop("pool", {}), where), f"{where}: [pool]")
-        study = cls(table(Scale, tree, where), pool, arms, stages, common)
+        study = cls(table(Scale, tree, where), pool, arms, later, stages, common)
         study._check_names(where)
         study._check_numbers(where)
         for task in study.tasks:
-            study._check(f"{where}: arm {task.arm!r}", task.config)
+            told = f"{where}: arm {task.arm!r}"
+            study._check(told, task.config)
+            if task.later is not None:
+                study._check(told, replace(task.config, data=task.later))
+                if task.config.seraena.enable:
+                    raise UserError(
+                        f"{told}: then and seraena.enable exclude each other"
+                    )
         return study
 
     def _check_names(self, where: str) -> None:
@@ -225,16 +240,18 @@ class Study:
                     more["training.steps"] = stage.steps
                 config = self.config(arm, **more)
                 seconds = 0.0 if stage.steps else stage.seconds
+                later = None
+                if arm in self.later:
+                    later = self.config(self.later[arm], **more).data
                 # Whatever a curve and its measures are of is part of the key.
                 told = (
                     f"{VERSION} {stage.name} {seconds} {stage.keep} {self.pool} "
                     f"{self.scale.clips} {self.scale.points}"
                 )
-                key = hashlib.sha256(f"{told} {dumps(config)}".encode()).hexdigest()[
-                    :16
-                ]
-                task = Task(stage.name, arm, seed, seconds, stage.keep, config, key)
-                found.append(task)
+                told += f" {dumps(config)}" + (f" {later}" if later else "")
+                key = hashlib.sha256(told.encode()).hexdigest()[:16]
+                told_by = (stage.name, arm, seed, seconds, stage.keep)
+                found.append(Task(*told_by, config, later, key))
         return found
 
 
@@ -255,12 +272,14 @@ def _tables(tree: Settings, name: str, where: str) -> list[Settings]:
 def _arms(listed: list[Settings], common: Settings, where: str) -> dict[str, Settings]:
     arms: dict[str, Settings] = {}
     for arm in listed:
-        name, base = arm.pop("name", None), arm.pop("of", None)
+        name, base, then = (arm.get(key) for key in ("name", "of", "then"))
         if not isinstance(name, str) or name in arms:
             raise UserError(f"{where}: each of [[arms]] needs a name of its own")
-        if base is not None and base not in arms:
-            raise UserError(f"{where}: no arm {base!r} comes before {name!r}")
-        settings = _flat(arm, f"{where}: arm {name!r}")
+        for other in (base, then):
+            if other is not None and other not in arms:
+                raise UserError(f"{where}: no arm {other!r} comes before {name!r}")
+        sections = {k: v for k, v in arm.items() if k not in OF_AN_ARM}
+        settings = _flat(sections, f"{where}: arm {name!r}")
         arms[name] = {**(common if base is None else arms[base]), **settings}
     return arms
 
@@ -364,6 +383,8 @@ def _changed(study: Study, arm: str) -> str:
         for key, value in study.arms[arm].items()
         if study.common.get(key) != value
     ]
+    if arm in study.later:
+        listed.append(f"then clips of {study.later[arm]}")
     return ", ".join(listed) or "the common settings"
 
 

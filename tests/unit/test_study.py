@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from taehv import bench_recipe
 from taehv.bench import Bench
 from taehv.bench_recipe import Lab, Pace, points, told_losses, told_steps
+from taehv.clips import Batch
 from taehv.distributed import started
 from taehv.errors import UserError
 from taehv.index import build_file_lists
@@ -24,8 +26,8 @@ from taehv.measure import Report
 from taehv.pool import Pool, PoolSize
 from taehv.sections import Config, Data, Parallelism
 from taehv.step import StepResult
-from taehv.study import GUIDANCE, Results, Study, diverged, reached
-from taehv.variants import VARIANTS
+from taehv.study import GUIDANCE, Results, Study, Task, diverged, reached
+from taehv.variants import VARIANTS, Variant
 
 ROOT = Path(__file__).parent.parent.parent
 STUDY = """
@@ -53,6 +55,14 @@ optim.betas = [0.9, 0.99]
 [[arms]]
 name = "default"
 [[arms]]
+name = "small"
+data.frames = 1
+data.height = 8
+[[arms]]
+name = "grown"
+of = "small"
+then = "default"
+[[arms]]
 name = "default, bad"
 of = "default"
 loss.reconstruction_weight = 1e38
@@ -67,7 +77,7 @@ seraena.replay_size = 4
 [[stages]]
 name = "first"
 steps = 3
-arms = ["plain", "default, bad", "default", "guided"]
+arms = ["plain", "default, bad", "default", "guided", "grown"]
 [[stages]]
 name = "second"
 seconds = 0.3
@@ -95,16 +105,21 @@ def study(tmp_path: Path) -> Path:
 def test_tasks_have_their_settings_and_keys(study: Path) -> None:
     tasks = Study.read(study, {"data.root": "a"}).tasks
     named = [(task.stage, task.arm, task.seed) for task in tasks]
-    arms = ("plain", "default, bad", "default", "guided")
+    arms = ("plain", "default, bad", "default", "guided", "grown")
     assert named == [*(("first", arm, 0) for arm in arms), ("second", "default", 1)]
     assert tasks[0].config.optim.betas == [0.9, 0.99]
     assert tasks[1].config.loss.temporal_weight == 1e38
-    assert [task.config.training.steps for task in tasks[:4]] == [3] * 4
+    assert [task.config.training.steps for task in tasks[:5]] == [3] * 5
+    assert tasks[4].config.data.height == 8
+    assert [task.later for task in tasks[:4]] == [None] * 4
+    assert tasks[4].later == tasks[2].config.data
     assert {task.config.data.root for task in tasks} == {"a"}
     study.write_text(STUDY.replace("0.99]", "0.98]"))
     others = Study.read(study, {"data.root": "a"}).tasks
     same = [a.key == b.key for a, b in zip(tasks, others, strict=True)]
-    assert same == [False, True, True, True, True] and len({t.key for t in tasks}) == 5
+    assert same == [False, *[True] * 5] and len({t.key for t in tasks}) == 6
+    study.write_text(STUDY.replace('then = "default"', ""))
+    assert Study.read(study, {"data.root": "a"}).tasks[4].key != tasks[4].key
     study.write_text(STUDY.replace("windows = 6", "windows = 7"))
     assert Study.read(study, {"data.root": "a"}).tasks[2].key != tasks[2].key
 
@@ -116,6 +131,9 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
         ("windows = 6", "", "windows"),
         ('of = "default"', 'of = "other"', "other"),
         ('baseline = "plain"', 'baseline = "b"', "no arm 'b'"),
+        ('then = "default"', 'then = "late"', "no arm 'late' comes before 'grown'"),
+        ("seraena.enable", 'then = "small"\nseraena.enable', "exclude each other"),
+        ("data.height = 8", "data.height = 32", "'grown': clips of"),
         ("global_batch_size = 2", "batch = 2", "unknown setting"),
         ("optim.betas = [0.9, 0.99]", "optim.lr = -1", "optim.lr = -1.0 must be"),
         ("frames = 9", "frames = 4", "cannot be cut"),
@@ -227,14 +245,16 @@ def test_steps_that_fit_into_a_time() -> None:
     assert Pace(0, 0.2, 0.2).steps(3) == 15
 
 
-def test_guided_steps_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guided_and_later_steps_are_timed_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     begun: list[int] = []
     seconds = 0.0
 
-    def step(lab: Lab, student: SimpleNamespace) -> None:
+    def step(lab: Lab, student: SimpleNamespace, data: Data) -> None:
         nonlocal seconds
         begun.append(student.steps)
-        seconds += 1.0 if student.steps < 500 else 2.0
+        seconds += 1.0 if student.steps < 500 and data.frames < 25 else 2.0
         student.steps += 1
 
     clock = SimpleNamespace(perf_counter=lambda: seconds)
@@ -249,11 +269,19 @@ def test_guided_steps_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     lab.device, lab.paces = torch.device("cpu"), {}
     config = Config()
     config.seraena.start_step, config.seraena.interval = 500, 2
-    assert lab._pace(config) == Pace(0, 1, 1)
+    task = Task("a", "b", 0, 30.0, False, config, None, "")
+    assert lab._pace(task) == Pace(0, 1, 1)
     assert begun == list(range(18))
+    # Half of the steps, not of the time, are of the larger clips.
+    larger = replace(config.data, frames=25)
+    pace = lab._pace(replace(task, later=larger))
+    assert pace == Pace(10, 1, 2) and pace.steps(30) == 20
+    config.training.steps = 7
+    assert lab._pace(replace(task, later=larger, seconds=0)) == Pace(3, 1, 2)
+    begun.clear()
     config.seraena.enable = True
-    assert lab._pace(config) == Pace(500, 1, 2)
-    assert begun[18:] == [*range(18), *range(500, 518)]
+    assert lab._pace(task) == Pace(500, 1, 2)
+    assert begun == [*range(18), *range(500, 518)]
 
 
 def test_points_of_a_curve_are_close_at_the_start() -> None:
@@ -395,11 +423,11 @@ def test_a_study_is_trained_and_told(
     monkeypatch.setattr(bench_recipe, "TIMED_SECONDS", 0.1)
     output = tmp_path / "output"
     told = bench(videos, study, output, seconds_limit=1)
-    assert "\n5 trainings are left: the same command goes on\nnone began:" in told
+    assert "\n6 trainings are left: the same command goes on\nnone began:" in told
     told = bench(videos, study, output, also=str(videos))
     records = list(Results(output).read().values())
-    plain, bad, default, guided, timed = records
-    arms = ["plain", "default, bad", "default", "guided", "default"]
+    plain, bad, default, guided, _, timed = records
+    arms = ["plain", "default, bad", "default", "guided", "grown", "default"]
     assert [record["arm"] for record in records] == arms
     assert bad["skipped"] == 3 and plain["skipped"] == default["skipped"] == 0
     assert bad["curve"][0] == bad["curve"][-1] | {"seconds": 0.0}
@@ -416,6 +444,7 @@ def test_a_study_is_trained_and_told(
         "1 of 1 |",
         "`optim.betas = [0.9, 0.99]`",
         "first: 3",
+        "- grown: `data.frames = 1`, `data.height = 8`, then clips of default",
     ):
         assert text in told
     names = {path.name for path in output.iterdir()}
@@ -423,12 +452,34 @@ def test_a_study_is_trained_and_told(
     assert (output / "weights/second-default-1.safetensors").exists()
     # Alone, and not after others, it is the same.
     alone = study.with_name("alone.toml")
-    several = 'arms = ["plain", "default, bad", "default", "guided"]'
+    several = 'arms = ["plain", "default, bad", "default", "guided", "grown"]'
     alone.write_text(STUDY.replace(several, 'arms = ["default"]'))
     bench(videos, alone, tmp_path / "alone", stages=["first"])
     (record,) = Results(tmp_path / "alone").read().values()
     assert [p["ema"] for p in record["curve"]] == [p["ema"] for p in default["curve"]]
     assert record["last_loss"] == default["last_loss"]
+
+
+def test_clips_may_grow(
+    videos: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heights: list[int] = []
+    cut = Pool.batch
+
+    def batch(pool: Pool, variant: Variant, data: Data, *more: Any) -> Batch:
+        found = cut(pool, variant, data, *more)
+        heights.append(found.frames_NTHWC.shape[2])
+        return found
+
+    monkeypatch.setattr(Pool, "batch", batch)
+    stage = '[[stages]]\nname = "first"\nsteps = 5\narms = ["grown"]\n'
+    study.write_text(STUDY[: STUDY.index("[[stages]]")] + stage)
+    bench(videos, study, tmp_path / "output")
+    (record,) = Results(tmp_path / "output").read().values()
+    assert heights[-5:] == [8, 8, 16, 16, 16] and record["steps"] == 5
+    # Two of the one, and three of the other.
+    first, last = (record["curve"][i]["seconds"] for i in (0, -1))
+    assert first == 0 and 1000 * last == pytest.approx(5 * record["step_ms"])
 
 
 @pytest.mark.soak
@@ -438,5 +489,5 @@ def test_several_processes_share_a_study(
     """As on several GPUs, each of which has a process."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     told = bench(videos, study, tmp_path / "output")
-    assert len(Results(tmp_path / "output").read()) == 5
+    assert len(Results(tmp_path / "output").read()) == 6
     assert "are left" not in told
