@@ -87,13 +87,15 @@ class Pool:
         frames_WTHWC = torch.empty(
             size.windows, *shape, 3, dtype=torch.uint8, device=device
         )
-        latents = []
+        latents, bad = [], set[str]()
         try:
             parts = frames_WTHWC.split(AT_ONCE)
             for part_WTHWC in tqdm(parts, "decoding", disable=None, leave=False):
                 batch = next(loader)
                 for failure in batch.failures:
-                    log.warning(f"replaced a clip of a bad video: {failure}")
+                    if failure.path not in bad:
+                        log.warning(f"replaced clips of a bad video: {failure.reason}")
+                    bad.add(failure.path)
                 frames_NTCHW = to_frames(batch, device)[: len(part_WTHWC)]
                 part_WTHWC.copy_((frames_NTCHW * 255).round_().movedim(2, -1))
                 if teacher is not None:

@@ -271,14 +271,7 @@ class Precompute:
         self.folder = Path(config.data.cache).expanduser()
         self.variant = VARIANTS[config.model.variant]
         self.files, self.held_out = build_file_lists(config.data)
-        self.window_data = replace(
-            config.data,
-            frames=config.cache.frames,
-            height=config.cache.height,
-            width=config.cache.width,
-            crops_per_window=1,
-            window_frames=0,
-        )
+        self.window_data = config.window_data
         check_agreement({"list of videos": self._files_hash()})
         self.teacher = self._load_teacher()
         clips = config.validation.clips if len(self.held_out) else 0
@@ -298,7 +291,7 @@ class Precompute:
         compiled = prepare_networks(self.config.compile, device)
         teacher = load_teacher(self.config.teacher, device, compiled)
         assert teacher is not None  # check_precompute wants its kind
-        for data in (self.window_data, self.config.data):
+        for data in (self.window_data, self.config.validation_data):
             sizes = data.frames, data.height, data.width
             check_teacher(teacher, self.variant.latent_channels, *sizes)
         return teacher
@@ -383,7 +376,7 @@ class Precompute:
                 )
 
     def _about(self) -> dict[str, Any]:
-        config = self.config
+        config, judged = self.config, self.config.validation_data
         size = config.cache.shard_windows
         return describe(
             self.variant,
@@ -394,11 +387,7 @@ class Precompute:
                 "held-out videos": self.held_out.fingerprint[:16],
                 "sampler version": SAMPLER_VERSION,
                 "training.seed": config.training.seed,
-                "data.frames": config.data.frames,
-                "data.height": config.data.height,
-                "data.width": config.data.width,
                 "data.stride": config.data.stride,
-                "data.crop_scale": config.data.crop_scale,
                 "data.flip": config.data.flip,
                 "data.color_jitter": config.data.color_jitter,
                 "data.blur": config.data.blur,
@@ -407,9 +396,13 @@ class Precompute:
                 "cache.frames": config.cache.frames,
                 "cache.height": config.cache.height,
                 "cache.width": config.cache.width,
+                "cache.crop_scale": self.window_data.crop_scale,
                 "cache.images": config.cache.images,
                 "cache.shard_windows": config.cache.shard_windows,
                 "validation.clips": config.validation.clips,
+                "validation.frames": judged.frames,
+                "validation.height": judged.height,
+                "validation.width": judged.width,
             },
         )
 
@@ -459,7 +452,7 @@ class Precompute:
         return int(data.frames * area * pixel) + latents * area // space**2 * 2
 
     def _data(self, part: Part) -> Data:
-        return self.window_data if part == "train" else self.config.data
+        return self.window_data if part == "train" else self.config.validation_data
 
     # --- the loop ------------------------------------------------------------------
 
@@ -489,7 +482,7 @@ class Precompute:
         config = self.config
         total, size = config.validation.clips, config.cache.batch_size
         return validation_batches(
-            config.data, self.held_out, shard.windows, total, size
+            config.validation_data, self.held_out, shard.windows, total, size
         )
 
     def _write_shard(

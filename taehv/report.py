@@ -40,7 +40,8 @@ HELD_OUT = (
     *("data.root", "data.sources", "data.annotations"),
     *("data.holdout", "data.holdout_fraction"),
     *("data.frames", "data.height", "data.width", "data.stride", "data.crop_scale"),
-    "validation.clips",
+    *("validation.clips", "validation.frames"),
+    *("validation.height", "validation.width"),
 )
 """What held-out clips depend on."""
 SPEEDS = {

@@ -82,6 +82,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "checkpoint.time_limit": (1, 10**6),
     "validation.interval": (1, math.inf),
     "validation.clips": (0, math.inf),
+    "validation.frames": (0, math.inf),
+    "validation.height": (0, math.inf),
+    "validation.width": (0, math.inf),
     "validation.patience": (0, math.inf),
     "logging.interval": (1, math.inf),
 }
@@ -121,16 +124,19 @@ def check_config(config: Config) -> None:
 
 def _check_clips(config: Config) -> None:
     """Reject clips of a shape or with settings that do not go together."""
-    check_size(config, "data")
+    for section in ("data", "validation"):
+        check_size(config, section)
     _check_teacher(config)
     _check_ranges(config)
     if config.data.cache:
         check_frames(config, "data")
+        if config.validation.frames:
+            check_frames(config, "validation")
         _check_lead_in(config)
 
 
 def check_size(config: Config, section: str) -> None:
-    """Reject a height or width of section [data] or [cache] that makes no latents."""
+    """Reject a height or width of a section that makes no latents."""
     name = config.model.variant
     space = VARIANTS[name].space_factor
     for key in (f"{section}.height", f"{section}.width"):
@@ -143,7 +149,7 @@ def check_size(config: Config, section: str) -> None:
 
 
 def check_frames(config: Config, section: str) -> None:
-    """Reject a length in [data] or [cache] that latents cannot stand for exactly."""
+    """Reject a length of a section that latents cannot stand for exactly."""
     name, frames = config.model.variant, get(config, f"{section}.frames")
     variant = VARIANTS[name]
     if not variant.is_exact(frames):
@@ -281,7 +287,7 @@ def _check_teacher(config: Config) -> None:
 
 
 def _check_built_in_teacher(config: Config) -> None:
-    kind, name, frames = config.teacher.kind, config.model.variant, config.data.frames
+    kind, name = config.teacher.kind, config.model.variant
     if not is_pupil(name, kind):
         pupils = [pupil for pupil in VARIANTS if is_pupil(pupil, kind)]
         own = VARIANTS[name].teacher or "a class of your own, since none is built in"
@@ -294,11 +300,13 @@ def _check_built_in_teacher(config: Config) -> None:
     if kind == "minimax_h3" and config.teacher.dtype == "bf16":
         raise UserError("teacher.dtype = bf16 is not for minimax_h3: take fp32")
     rule = FRAME_RULES[kind]
-    if not rule.allows(frames):
-        raise UserError(
-            f"data.frames = {frames} must be {rule} for teacher.kind = {kind}: take "
-            f"{rule.nearest(frames)}"
-        )
+    for key in ("data.frames", "validation.frames"):
+        frames = get(config, key)
+        if frames and not rule.allows(frames):
+            raise UserError(
+                f"{key} = {frames} must be {rule} for teacher.kind = {kind}: take "
+                f"{rule.nearest(frames)}"
+            )
 
 
 def is_pupil(name: str, kind: str) -> bool:
@@ -313,9 +321,11 @@ def _check_ranges(config: Config) -> None:
             f"loss.temporal_weight needs two decoded frames, data.frames = "
             f"{config.data.frames} give {frames}: take more"
         )
-    for key, low in (("data.stride", 1), ("data.crop_scale", 0.01)):
-        value = get(config, key)
-        top = 1 if key == "data.crop_scale" else math.inf
+    tops = {"data.stride": math.inf, "data.crop_scale": 1, "cache.crop_scale": 1}
+    for key, top in tops.items():
+        value, low = get(config, key), 0.01 if top == 1 else 1
+        if key.startswith("cache") and not value:
+            continue
         if len(value) != 2 or not low <= value[0] <= value[1] <= top:
             raise UserError(
                 f"{key} = {value} must be two numbers, smallest and largest, "

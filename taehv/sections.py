@@ -192,6 +192,8 @@ class Cache:
     """Height of a window, in pixels; clips of data.height are cut from it."""
     width: int = 256
     """Width of a window, in pixels; clips of data.width are cut from it."""
+    crop_scale: list[float] = field(default_factory=list)
+    """data.crop_scale of windows, of which clips show a part; empty: the same."""
     images: Literal["raw", "jpeg"] = "raw"
     """raw: frames as they are; jpeg: quality 95, 5 to 14 times smaller and slower to
     read, applied before the teacher sees the frames."""
@@ -412,6 +414,12 @@ class Validation:
     """Steps between two validations; the first and last step always have one."""
     clips: int = 16
     """Fixed clips from the held-out files; 0 is off (the files stay held out)."""
+    frames: int = 0
+    """Length of such a clip, in frames; 0: as those to train on, data.frames."""
+    height: int = 0
+    """Height of the largest centred crop after scaling, in pixels; 0: data.height."""
+    width: int = 0
+    """Its width; 0: data.width."""
     best: str = "psnr"
     """Measure by which the weights of the best validation are kept, as export/best.pth
     and .safetensors: psnr, ssim, difference_psnr, decoder_psnr or another of
@@ -452,6 +460,21 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     validation: Validation = field(default_factory=Validation)
     logging: Logging = field(default_factory=Logging)
+
+    @property
+    def window_data(self) -> Data:
+        """Section [data] for the windows of a cache."""
+        sizes = {k: getattr(self.cache, k) for k in ("frames", "height", "width")}
+        scale = self.cache.crop_scale or self.data.crop_scale
+        one = {"crops_per_window": 1, "window_frames": 0}
+        return replace(self.data, **sizes, **one, crop_scale=scale)
+
+    @property
+    def validation_data(self) -> Data:
+        """Section [data] for the clips to validate on."""
+        names = ("frames", "height", "width")
+        sizes = {k: getattr(self.validation, k) or getattr(self.data, k) for k in names}
+        return replace(self.data, **sizes)
 
 
 def get(config: Config, key: str) -> Any:

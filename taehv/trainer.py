@@ -347,7 +347,8 @@ class Trainer:
             self.teacher = None  # its latents are there
         if self.teacher is not None:
             channels = self.model.variant.latent_channels
-            for shape in {*self.config.data.shapes, self.config.data.usual_shape}:
+            judged = self.config.validation_data.usual_shape
+            for shape in {*self.config.data.shapes, judged}:
                 check_teacher(self.teacher, channels, *shape[:3])
 
     def _open_log(self) -> RunLog:
@@ -761,13 +762,16 @@ class Trainer:
 
     def _validation_batches(self) -> Iterator[Batch]:
         """This process's part; a cache has a number of clips of its own."""
-        size = self.local_batch.clips
+        data = self.config.validation_data
+        # As many pixels at a time as in training, or less.
+        times = data.usual_shape.pixels / self.config.data.usual_shape.pixels
+        size = max(1, int(self.local_batch.clips / max(1.0, times)))
         if self.cache is not None:
             windows = self.cache.validation
             return cached_batches(windows, self._own_part(len(windows)), size)
         total = self.config.validation.clips
         return validation_batches(
-            self.config.data, self.held_out, self._own_part(total), total, size
+            data, self.held_out, self._own_part(total), total, size
         )
 
     def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -30,6 +30,8 @@ def test_two_nodes_compute_what_one_does(videos: Path, tmp_path: Path) -> None:
         "training__precision": "fp64",
         "training__global_batch_size": 4,
         "validation__clips": 0,
+        "optim__optimizer": "muon",
+        "optim__schedule": "wsd",
     }
     reference = Run(tmp_path / "one", videos, **settings)
     reference.train()

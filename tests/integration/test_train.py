@@ -75,6 +75,22 @@ def test_leaves_what_the_summary_names(finished: tuple[Run, str]) -> None:
     assert f"tensorboard --logdir {run.folder}/tensorboard" in output
 
 
+def test_validates_on_clips_of_a_size_of_their_own(
+    videos: Path, tmp_path: Path
+) -> None:
+    run = Run(
+        tmp_path,
+        videos,
+        training__steps=1,
+        validation__frames=9,
+        validation__height=32,
+        validation__width=24,
+    )
+    run.finish()
+    frames = list(read_frames(run.folder / "samples" / "step-1.mp4"))
+    assert len(frames) == 2 * 9 * 3 and frames[0].shape == (32, 48, 3)
+
+
 def test_export_is_the_averaged_model(finished: tuple[Run, str]) -> None:
     run, _ = finished
     exported = torch.load(run.folder / "export/taehv.pth", weights_only=True)

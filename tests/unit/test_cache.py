@@ -186,6 +186,33 @@ def test_validation_clips_are_those_of_a_live_validation(
     assert collate([live[0]]).latents_NTCHW is None
 
 
+def test_windows_and_validation_clips_may_have_sizes_of_their_own(
+    videos: Path, cache: Path, tmp_path: Path
+) -> None:
+    few = {"cache__windows": 2, "cache__crop_scale": "1,1", "data__color_jitter": 0}
+    sizes = {
+        "validation__frames": 13,
+        "validation__height": 24,
+        "validation__width": 48,
+    }
+    folder = make_cache(videos, tmp_path / "new", **few, **sizes)
+    config = read_config(arguments(videos, folder, **few, **sizes))
+    opened = Cache.open(folder, "taehv")
+    live = ValidationDataset(
+        config.validation_data, build_file_lists(config.data)[1], 3
+    )
+    (batch,) = cached_batches(opened.validation, range(3), 3)
+    assert batch.frames_NTHWC.shape == (3, 13, 24, 48, 3)
+    clips = collate([live[number] for number in range(3)])
+    assert torch.equal(batch.frames_NTHWC, clips.frames_NTHWC)
+    # Whole frames, where clips of the videos would show a part.
+    mine = opened.train.whole(0).frames_THWC
+    files, data = build_file_lists(config.data)[0], config.window_data
+    for scale, is_so in (([1.0, 1.0], True), (config.data.crop_scale, False)):
+        shown = ClipDataset(replace(data, crop_scale=scale), files, seed=7)[0]
+        assert np.array_equal(mine, shown.frames_THWC) == is_so
+
+
 def test_jpeg_frames_are_what_the_teacher_saw(videos: Path, tmp_path: Path) -> None:
     folder = make_cache(videos, tmp_path / "jpeg", cache__images="jpeg")
     raw = Cache.open(make_cache(videos, tmp_path / "raw"), "taehv").train
@@ -744,6 +771,8 @@ def test_frames_of_a_window_are_those_of_the_cache_alone(
     [
         ({"data__flip": 0.25}, "made with data.flip = 0.5, not 0.25"),
         ({"cache__windows": 15}, "made with cache.windows = 14, not 15"),
+        ({"cache__crop_scale": "0.9,1"}, r"cache.crop_scale = \[0.5, 1.0\], not"),
+        ({"validation__height": 48}, "made with validation.height = 32, not 48"),
         ({"cache__images": "jpeg"}, "made with cache.images = raw, not jpeg"),
         ({"training__seed": 8}, "made with training.seed = 7, not 8"),
         ({"data__holdout": "a.mp4"}, "made with held-out videos = "),
