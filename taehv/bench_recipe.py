@@ -38,7 +38,7 @@ from taehv.distributed import (
     uses_compile,
 )
 from taehv.errors import UserError, run_command
-from taehv.files import Source
+from taehv.files import Files, Source
 from taehv.index import build_file_lists
 from taehv.logging import log, set_up_console
 from taehv.measure import synchronize
@@ -46,6 +46,7 @@ from taehv.metrics import clip_psnr
 from taehv.model import TAEHV
 from taehv.perceptual import load_measures
 from taehv.pool import Pool
+from taehv.pretrained import initial_model
 from taehv.sections import Config, Data, Parallelism
 from taehv.seraena import CollapseWatch
 from taehv.shards import full
@@ -128,7 +129,7 @@ def bench_recipe(bench: Bench) -> None:
     also, end = options.also or "", time.time() + limit
     job = Job(options.study, options.stages, given, options.output, also, end)
     study, results = job.read()
-    left = before = _left(study, results)
+    left = before = _left(job, study, results)
     processes = min(torch.cuda.device_count(), len(left))
     if processes:
         _train_in_processes(job, left, processes)
@@ -137,7 +138,7 @@ def bench_recipe(bench: Bench) -> None:
     whole = Study.read(job.study, job.given)
     told = [f"{options.study}, {options.root}", *(options.set or [])]
     bench.report.say(write_report(whole, results, ", ".join(told)))
-    left = _left(study, results)
+    left = _left(job, study, results)
     if left:
         bench.report.say(f"{len(left)} trainings are left: the same command goes on")
     if left and len(left) == len(before) and limit < math.inf:
@@ -147,10 +148,15 @@ def bench_recipe(bench: Bench) -> None:
         )
 
 
-def _left(study: Study, results: Results) -> list[Task]:
-    """What is not done yet."""
+def _left(job: Job, study: Study, results: Results) -> list[Task]:
+    """What is not done yet, or was done without the videos of --also."""
     done = results.read()
-    return [task for task in study.tasks if task.key not in done]
+    return [
+        task
+        for task in study.tasks
+        if task.key not in done
+        or (job.also and done[task.key]["also"]["after"] is None)
+    ]
 
 
 def _given(text: str, own: Mapping[str, str]) -> tuple[str, str]:
@@ -249,6 +255,7 @@ class Lab:
         is_gpu = self.device.type == "cuda"
         self.device_name = torch.cuda.get_device_name() if is_gpu else "the CPU"
         config = study.config()
+        _check_weights(study)
         # The teacher is compiled where the models are.
         compiled = uses_compile(config.compile, self.device)
         self.teacher = load_teacher(config.teacher, self.device, compiled)
@@ -256,8 +263,7 @@ class Lab:
         self.held = self._held(config, held_out)
         self.also = None
         if also:
-            files = Source.of(also, "").files(config.data.images)
-            self.also = self._held(config, files)
+            self.also = self._held(config, _files_of(also, config.data.images))
         log.info(f"decoding {study.pool.windows} windows of {len(train)} files")
         self.pool = Pool.decoded(
             config.data, train, study.pool, self.device, self.teacher
@@ -271,7 +277,7 @@ class Lab:
         self.judge: TAEHV | None = None
         self.paces: dict[str, Pace] = {}
 
-    def _held(self, config: Config, files: Any) -> Held:
+    def _held(self, config: Config, files: Files) -> Held:
         clips = self.study.scale.clips
         if not len(files):
             raise UserError("no video is held out: name some in data.holdout")
@@ -479,6 +485,20 @@ class Lab:
         save_weights(
             self.results.folder / "weights" / f"{name}.safetensors", weights, about
         )
+
+
+def _check_weights(study: Study) -> None:
+    """Whether weights to begin with can be read, before all is decoded."""
+    models = [task.config.model for task in study.tasks if task.config.model.checkpoint]
+    for model in {(m.checkpoint, m.variant): m for m in models}.values():
+        initial_model(model)
+
+
+def _files_of(also: str, images: bool) -> Files:
+    try:
+        return Source.of(also, "").files(images)
+    except UserError as error:
+        raise UserError(f"--also {also}: {error}") from None
 
 
 def _built_by(config: Config) -> str:

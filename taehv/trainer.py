@@ -398,6 +398,12 @@ class Trainer:
         )
         if self.seraena is not None:
             log.info(str(self.seraena))
+            start = config.seraena.start_step
+            if start >= config.training.steps:
+                log.warning(
+                    f"guidance never begins: seraena.start_step = {start}, and the run "
+                    f"has training.steps = {config.training.steps}"
+                )
         if not len(self.held_out) and config.validation.clips:
             log.warning(
                 "validation is off: "

@@ -33,7 +33,7 @@ def reference(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("guided"), videos, **SHORT)
     output = run.train()
     told = "Seraena: 7.5 M parameters on 2 groups of 3 of 5 frames (the last shares 1"
-    assert told in output
+    assert told in output and "never begins" not in output
     return run
 
 
@@ -77,6 +77,12 @@ def test_guidance_can_be_added_to_a_run(
     assert "the checkpoint has no earlier decoded frames: they gather anew" in output
     weights = [record["seraena/weight"] for record in run.metrics()[4:]]
     assert weights == pytest.approx([0.05 / 3, 0.1 / 3])
+
+
+def test_guidance_after_the_last_step_is_told(videos: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, videos, **SHORT)
+    output = run.train(training__steps=1, seraena__start_step=1)
+    assert "guidance never begins: seraena.start_step = 1, and the run has" in output
 
 
 @pytest.mark.soak

@@ -177,14 +177,23 @@ def test_mistakes_in_a_study(study: Path, old: str, new: str, told: str) -> None
         ({"set": ["data.cache=a"]}, "--set data.cache: videos come from --root"),
         ({"set": ["=3"]}, "--set =3: give section.setting=value"),
         ({"stages": ["third"]}, "no stage 'third'"),
+        ({"also": "/none"}, "--also /none: data.root = /none is no folder"),
+        ({"set": ["model.checkpoint=/none.pth"]}, "/none.pth"),
     ],
 )
 def test_mistakes_in_a_command(
-    videos: Path, study: Path, tmp_path: Path, given: dict[str, object], told: str
+    videos: Path,
+    study: Path,
+    tmp_path: Path,
+    given: dict[str, object],
+    told: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "taehv")
     with pytest.raises(UserError, match=re.escape(told)) as raised:
         bench(videos, study, tmp_path / "output", **given)
     assert len(str(raised.value).splitlines()) == 1
+    assert "decoding" not in caplog.text
 
 
 def test_a_single_video_leaves_none_to_judge_by(
@@ -460,6 +469,11 @@ def test_a_study_is_trained_and_told(
     (record,) = Results(tmp_path / "alone").read().values()
     assert [p["ema"] for p in record["curve"]] == [p["ema"] for p in default["curve"]]
     assert record["last_loss"] == default["last_loss"]
+    # Other videos that were not judged then are now.
+    assert record["also"]["after"] is None
+    bench(videos, alone, tmp_path / "alone", stages=["first"], also=str(videos))
+    (record,) = Results(tmp_path / "alone").read().values()
+    assert record["also"] == default["also"]
 
 
 def test_clips_may_grow(
