@@ -278,11 +278,11 @@ class Lab:
         self.paces: dict[str, Pace] = {}
 
     def _held(self, config: Config, files: Files) -> Held:
-        clips = self.study.scale.clips
+        clips, data = self.study.scale.clips, config.validation_data
         if not len(files):
             raise UserError("no video is held out: name some in data.holdout")
         whole = []
-        for batch in validation_batches(config.data, files, range(clips), clips, BATCH):
+        for batch in validation_batches(data, files, range(clips), clips, BATCH):
             for failure in batch.failures:
                 log.warning(f"left out a held-out clip, {failure}")
             if len(batch.frames_NTHWC):

@@ -16,6 +16,8 @@ from taehv.metrics import measure_of
 
 BEST_GROUP = "best"
 """Of a checkpoint, which may lack it."""
+NUMBERS = 2**30
+"""That stand for texts."""
 
 
 def check_best(name: str) -> None:
@@ -42,10 +44,11 @@ class BestSoFar:
 
     Args:
         name: of the measure that decides; without a meaning there is no best.
+        clips: tells by which it is judged.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, clips: str = "") -> None:
+        self.name, self.clips = name, clips
         self.best: Best | None = None
         self.seen = -1
         """The step of the last validation."""
@@ -69,19 +72,28 @@ class BestSoFar:
     def state(self) -> dict[str, Tensor]:
         """All of it, as the tensors of a checkpoint."""
         best = self.best or Best(-1, 0.0, 0)
-        name = hashlib.sha256(self.name.encode()).hexdigest()
-        numbers = [best.step, best.since, self.seen, int(name[:15], 16)]
+        told = _number(self.name) * NUMBERS + _number(self.clips)
         return {
-            "steps": torch.tensor(numbers),
+            "steps": torch.tensor([best.step, best.since, self.seen, told]),
             "value": torch.tensor(best.value, dtype=torch.float64),
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from such tensors, unless they are of another measure."""
-        step, since, seen, name = state["steps"].tolist()
-        if name == self.state()["steps"][-1]:
+        """Go on from such tensors, unless they are of another measure.
+
+        The best by other clips is none: the next validation decides anew.
+        """
+        step, since, seen, told = state["steps"].tolist()
+        name, clips = divmod(told, NUMBERS)
+        if name == _number(self.name):
             self.seen = seen
-            self.best = Best(step, float(state["value"]), since) if step >= 0 else None
+            if clips == _number(self.clips) and step >= 0:
+                self.best = Best(step, float(state["value"]), since)
+
+
+def _number(text: str) -> int:
+    """One that another text hardly has."""
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % NUMBERS
 
 
 def best_validation(records: Sequence[Mapping[str, Any]], name: str) -> Best | None:

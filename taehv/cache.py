@@ -38,7 +38,7 @@ from taehv.files import FileList
 from taehv.loader import worker_count
 from taehv.lock import hold
 from taehv.sampler import CACHED_CROP, Buckets, draw, permute
-from taehv.sections import Data
+from taehv.sections import Data, Shape
 from taehv.variants import VARIANTS, Variant
 
 log = logging.getLogger("taehv")
@@ -679,6 +679,13 @@ class Windows:
         self.table = table
         self._jpeg_ends = jpeg_ends
         self._place: str | None = None
+
+    @property
+    def largest(self) -> Shape:
+        """The frames, height and width of the window with most pixels; there is one."""
+        sizes = self.table[["frames", "height", "width"]]
+        shapes = [Shape(*map(int, shape)) for shape in np.unique(sizes)]
+        return max(shapes, key=lambda shape: shape.pixels)
 
     @classmethod
     def of_shards(

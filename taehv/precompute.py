@@ -75,6 +75,13 @@ WAITING_BATCHES = 8
 PROGRESS_SECONDS = 10
 JPEG_BYTES_A_PIXEL = 0.4
 """To estimate the size of a cache; six videos took 0.2 to 0.6, at 42 to 50 dB."""
+FORMER = {
+    "data.frames": "validation.frames",
+    "data.height": "validation.height",
+    "data.width": "validation.width",
+    "data.crop_scale": "cache.crop_scale",
+}
+"""What was one setting once, in caches of that time."""
 
 
 def precompute(config: Config) -> None:
@@ -366,7 +373,9 @@ class Precompute:
             yield
 
     def _check_same(self, about: dict[str, Any]) -> None:
-        there, wanted = _flat(read_about(self.folder)), _flat(about)
+        found = _flat(read_about(self.folder))
+        there = {FORMER.get(key, key): value for key, value in found.items()}
+        wanted = _flat(about)
         for key in there | wanted:
             if there.get(key) != wanted.get(key):
                 raise UserError(

@@ -8,10 +8,11 @@ For runs that are done, under way, or were killed. Several runs share each chart
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,9 @@ CONSTANT = ("mean_color_psnr", "teacher_psnr")
 """Measures of the clips alone, which training does not change: no curve."""
 HELD_OUT = (
     *("data.root", "data.sources", "data.annotations"),
-    *("data.holdout", "data.holdout_fraction"),
-    *("data.frames", "data.height", "data.width", "data.stride", "data.crop_scale"),
-    *("validation.clips", "validation.frames"),
-    *("validation.height", "validation.width"),
+    *("data.holdout", "data.holdout_fraction", "validation.clips"),
 )
-"""What held-out clips depend on."""
+"""What held-out clips of videos depend on, beside their size."""
 SPEEDS = {
     "clips_per_second": "clips a second",
     "data_wait": "share of the time that waits for data",
@@ -322,8 +320,21 @@ def write_report(runs: Sequence[Run], output: Path) -> list[Path]:
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
     """Settings that choose or cut held-out clips, where they are not the same."""
-    tables = _tables(runs)
-    return [key for key in HELD_OUT if any(t[key] != tables[0][key] for t in tables)]
+    judged = [_judged_by(table) for table in _tables(runs)]
+    keys = dict.fromkeys(itertools.chain(*judged))
+    first = judged[0]
+    return [key for key in keys if any(j.get(key) != first.get(key) for j in judged)]
+
+
+def _judged_by(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What the held-out clips of a run depend on; a cache has its own."""
+    if table["data.cache"]:
+        return {"data.cache": table["data.cache"]}
+    sizes = {
+        f"validation.{key}": table[f"validation.{key}"] or table[f"data.{key}"]
+        for key in ("frames", "height", "width")
+    }
+    return {key: table[key] for key in HELD_OUT} | sizes
 
 
 def _progress(run: Run) -> str:

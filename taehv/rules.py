@@ -363,7 +363,8 @@ def check_batch(config: Config, world_size: int) -> None:
     if (local or share) % crops:
         raise UserError(
             f"data.crops_per_window = {crops} must divide the {local or share} clips "
-            "that a process takes at a time"
+            "that a process takes at a time: lower it, or raise "
+            f"training.{'local' if local else 'global'}_batch_size"
         )
 
 

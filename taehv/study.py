@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 from taehv.cache import check_fit
-from taehv.config import dumps, load_config, table
+from taehv.config import load_config, table
 from taehv.errors import UserError
 from taehv.metrics import Estimate, estimate
 from taehv.pool import PoolSize
+from taehv.rules import check_config
 from taehv.sections import Config, Data
 from taehv.variants import VARIANTS
 from taehv.visualize import picture_strip
@@ -50,6 +51,11 @@ GUIDANCE = {
     "gradient_ratio": "gradient ratio",
 }
 """What is told of adversarial guidance, of the last twentieth of the steps."""
+OF_A_TRAINING = (
+    *("model", "teacher", "data", "training", "optim", "loss", "seraena"),
+    *("parallelism", "compile"),
+)
+"""Sections of settings."""
 OF_AN_ARM = ("name", "of", "then")
 """What an arm has beside settings."""
 VERSION = 2
@@ -140,7 +146,7 @@ class Study:
         common = {**_flat(tree.pop("common", {}), f"{where}: [common]"), **given}
         listed = _tables(tree, "arms", where)
         arms = _arms(listed, common, where)
-        later = {arm["name"]: arm["then"] for arm in listed if "then" in arm}
+        later = _later(listed)
         stages = [
             table(Stage, stage, f"{where}: a stage")
             for stage in _tables(tree, "stages", where)
@@ -153,11 +159,7 @@ class Study:
             told = f"{where}: arm {task.arm!r}"
             study._check(told, task.config)
             if task.later is not None:
-                study._check(told, replace(task.config, data=task.later))
-                if task.config.seraena.enable:
-                    raise UserError(
-                        f"{told}: then and seraena.enable exclude each other"
-                    )
+                study._check_later(told, task)
         return study
 
     def _check_names(self, where: str) -> None:
@@ -210,6 +212,16 @@ class Study:
                     f"[common], but for {', '.join(own)}"
                 )
 
+    def _check_later(self, where: str, task: Task) -> None:
+        if task.config.seraena.enable:
+            raise UserError(f"{where}: then and seraena.enable exclude each other")
+        mixed = replace(task.config, data=task.later)
+        self._check(where, mixed)
+        try:
+            check_config(mixed)
+        except UserError as error:
+            raise UserError(f"{where}: then {error}") from None
+
     def config(self, arm: str | None = None, **more: Any) -> Config:
         """Settings of an arm, or those that all share."""
         settings = {**(self.arms[arm] if arm else self.common), **more}
@@ -248,11 +260,18 @@ class Study:
                     f"{VERSION} {stage.name} {seconds} {stage.keep} {self.pool} "
                     f"{self.scale.clips} {self.scale.points}"
                 )
-                told += f" {dumps(config)}" + (f" {later}" if later else "")
+                told += f" {_all_but_files(config)} {later}"
                 key = hashlib.sha256(told.encode()).hexdigest()[:16]
                 told_by = (stage.name, arm, seed, seconds, stage.keep)
                 found.append(Task(*told_by, config, later, key))
         return found
+
+
+def _all_but_files(config: Config) -> str:
+    """What a result depends on: not what is written, how often and where."""
+    sections = [getattr(config, name) for name in OF_A_TRAINING]
+    judged, by = config.validation_data.usual_shape, config.validation
+    return f"{sections} {judged} {by.lpips} {by.st_lpips} {by.vmaf}"
 
 
 def _table(value: Any, where: str) -> Settings:
@@ -276,12 +295,22 @@ def _arms(listed: list[Settings], common: Settings, where: str) -> dict[str, Set
         if not isinstance(name, str) or name in arms:
             raise UserError(f"{where}: each of [[arms]] needs a name of its own")
         for other in (base, then):
-            if other is not None and other not in arms:
+            if other is not None and other not in list(arms):
                 raise UserError(f"{where}: no arm {other!r} comes before {name!r}")
         sections = {k: v for k, v in arm.items() if k not in OF_AN_ARM}
         settings = _flat(sections, f"{where}: arm {name!r}")
         arms[name] = {**(common if base is None else arms[base]), **settings}
     return arms
+
+
+def _later(listed: list[Settings]) -> dict[str, str]:
+    """The arms whose clips come later, by the names of those that have some."""
+    later: dict[str, str] = {}
+    for arm in listed:
+        then = arm.get("then", later.get(arm.get("of", "")))
+        if then is not None:
+            later[arm["name"]] = then
+    return later
 
 
 def _flat(tree: Settings, where: str) -> Settings:

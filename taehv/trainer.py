@@ -180,12 +180,13 @@ class Trainer:
         self.collapse = CollapseWatch()
         settings = config.validation
         check_best(settings.best)
-        self.best = BestSoFar(settings.best)
         self.extra = load_measures(
             settings.lpips, settings.st_lpips, settings.vmaf, world.device
         )
         check_probe(config)
         self._find_clips()
+        clips = f"{settings.clips} {self.judged_shape} {self.held_out.fingerprint}"
+        self.best = BestSoFar(settings.best, clips)
         check_agreement({"list of training files": self._clips_hash()})
         self.checkpointer = Checkpointer(
             checkpoints_of(config),
@@ -229,6 +230,9 @@ class Trainer:
             self.sources, self.held_out = build_file_lists(config.data)
             self.clips = ClipDataset(config.data, self.sources, seed, self.buckets)
             self.fingerprint = self.sources.fingerprint
+        self.judged_shape = config.validation_data.usual_shape
+        if self.cache is not None and len(self.cache.validation):
+            self.judged_shape = self.cache.validation.largest
         if config.data.buckets:
             told = f"{self.fingerprint} {config.data.shapes} {self.buckets.clips}"
             self.fingerprint = hashlib.sha256(told.encode()).hexdigest()
@@ -404,6 +408,13 @@ class Trainer:
                     f"guidance never begins: seraena.start_step = {start}, and the run "
                     f"has training.steps = {config.training.steps}"
                 )
+        wanted, own = config.validation_data.usual_shape, config.data.usual_shape
+        if wanted not in (own, self.judged_shape):
+            sizes = " x ".join(map(str, self.judged_shape[:3]))
+            log.warning(
+                f"validation clips are those of the cache, {sizes}: the sizes in "
+                "[validation] count when it is written"
+            )
         if not len(self.held_out) and config.validation.clips:
             log.warning(
                 "validation is off: "
@@ -768,14 +779,13 @@ class Trainer:
 
     def _validation_batches(self) -> Iterator[Batch]:
         """This process's part; a cache has a number of clips of its own."""
-        data = self.config.validation_data
         # As many pixels at a time as in training, or less.
-        times = data.usual_shape.pixels / self.config.data.usual_shape.pixels
+        times = self.judged_shape.pixels / self.config.data.usual_shape.pixels
         size = max(1, int(self.local_batch.clips / max(1.0, times)))
         if self.cache is not None:
             windows = self.cache.validation
             return cached_batches(windows, self._own_part(len(windows)), size)
-        total = self.config.validation.clips
+        data, total = self.config.validation_data, self.config.validation.clips
         return validation_batches(
             data, self.held_out, self._own_part(total), total, size
         )

@@ -46,8 +46,9 @@ def test_a_cache_trains_as_its_teacher_does(videos: Path, tmp_path: Path) -> Non
     live.train()
     write_cache(live, tmp_path / "cache", windows=1, frames=5, height=16, width=16)
     cached = Run(tmp_path / "cached", videos, **settings, data__root="")
-    output = cached.train(data__cache=tmp_path / "cache")
+    output = cached.train(data__cache=tmp_path / "cache", validation__height=32)
     assert "1 windows to train on, 2 held out" in output
+    assert "validation clips are those of the cache, 5 x 16 x 16: the sizes" in output
     # The latents are kept in 16 bits.
     for name in ("loss", "latent", "reconstruction", "grad_norm", "psnr"):
         theirs, ours = (run.metrics()[0][name] for run in (live, cached))

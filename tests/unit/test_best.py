@@ -64,6 +64,18 @@ def test_the_best_by_another_measure_is_not_taken_over() -> None:
     assert by_ssim.best is None and by_ssim.seen == -1
 
 
+def test_the_best_by_other_clips_is_not_taken_over() -> None:
+    by_small, by_large = (BestSoFar("psnr", clips) for clips in ("13 x 64", "13 x 128"))
+    by_small.see({"step": 10, "psnr": 30.0})
+    by_large.load(by_small.state())
+    assert by_large.best is None
+    # Those before were of the other clips, those to come are not.
+    by_large.see({"step": 10, "psnr": 30.0})
+    assert by_large.best is None
+    by_large.see({"step": 20, "psnr": 25.0})
+    assert by_large.best == Best(20, 25.0, since=0)
+
+
 def test_what_is_not_finite_is_never_the_best() -> None:
     so_far = BestSoFar("psnr")
     for step, value in enumerate((math.nan, 20.0, math.inf)):

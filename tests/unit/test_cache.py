@@ -790,6 +790,20 @@ def test_other_settings_in_the_same_folder(
     assert contents(copied) == before
 
 
+def test_a_cache_of_an_older_version_goes_on(videos: Path, copied: Path) -> None:
+    """Its sizes of validation clips and its crops had other names."""
+    path = copied / "cache.json"
+    text = path.read_text()
+    for name in ("frames", "height", "width"):
+        text = text.replace(f'"validation.{name}"', f'"data.{name}"')
+    path.write_text(text.replace('"cache.crop_scale"', '"data.crop_scale"'))
+    (copied / "train/shard-000000.json").unlink()
+    make_cache(videos, copied)
+    assert (copied / "train/shard-000000.json").exists()
+    with pytest.raises(UserError, match="made with cache.crop_scale = .*, not"):
+        make_cache(videos, copied, cache__crop_scale="1,1")
+
+
 def test_speed_is_told_and_the_teacher_compiled(
     videos: Path,
     tmp_path: Path,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from taehv import trainer
 from taehv.config import read_config
 from taehv.distributed import started
 from taehv.errors import RestartError, UserError
 from taehv.local_batch import LocalBatch, check_probe
-from taehv.sections import Data, Parallelism, Training
+from taehv.sections import Config, Data, Parallelism, Shape, Training
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +124,21 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('{"clips": ')
     with pytest.raises(UserError, match="is damaged: delete it"):
         local_batch(tmp_path).choose(Memory(0))
+
+
+@pytest.mark.parametrize(("height", "clips"), [(16, 8), (32, 8), (64, 4), (640, 1)])
+def test_larger_clips_are_judged_in_smaller_batches(
+    height: int, clips: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(
+        trainer, "validation_batches", lambda *given: told.append(given)
+    )
+    run = object.__new__(trainer.Trainer)
+    run.config = Config(data=Data(frames=5, height=32, width=32))
+    run.judged_shape = Shape(5, height, 32)
+    run.cache, run.held_out = None, []
+    run.local_batch = SimpleNamespace(clips=8)
+    run.world = SimpleNamespace(rank=0, size=1)
+    run._validation_batches()
+    assert told[0][-1] == clips

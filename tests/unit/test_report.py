@@ -161,11 +161,22 @@ def test_runs_share_their_charts(tmp_path: Path) -> None:
 def test_runs_that_were_judged_on_other_clips(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two")]
     config = Config()
-    config.data.height, config.validation.clips = 96, 2
-    (folders[1] / "config.toml").write_text(dumps(config))
-    files = write_report([read_run(folder) for folder in folders], tmp_path / "both")
-    html = files[0].read_text(encoding="utf-8")
-    assert "do not compare: data.height, validation.clips differ." in html
+
+    def told(**changes: int) -> str:
+        for name, value in changes.items():
+            section, key = name.split("__")
+            setattr(getattr(config, section), key, value)
+        (folders[1] / "config.toml").write_text(dumps(config))
+        runs = [read_run(folder) for folder in folders]
+        page = write_report(runs, tmp_path / "both")[0].read_text(encoding="utf-8")
+        return (re.findall("do not compare: (.*) differ", page) or [""])[0]
+
+    expected = "validation.clips, validation.height"
+    assert told(data__height=96, validation__clips=2) == expected
+    # Other clips to train on, the same to judge by.
+    assert told(validation__height=128, validation__clips=16) == ""
+    assert told(data__cache="c").startswith("data.root")
+    assert told(data__cache="c").endswith("data.cache")
 
 
 def test_a_run_killed_while_it_wrote(tmp_path: Path) -> None:
