@@ -29,7 +29,9 @@ from taehv.sections import Config, get
 
 T = TypeVar("T")
 INDIFFERENT = {
-    *("job", "cache", "parallelism", "compile", "checkpoint", "validation", "logging"),
+    *("job", "cache", "parallelism", "compile", "checkpoint", "logging"),
+    *("validation.interval", "validation.best", "validation.patience"),
+    *("validation.lpips", "validation.st_lpips", "validation.vmaf"),
     *("data.root", "data.annotations", "data.cache", "data.workers", "data.prefetch"),
     *("data.sources", "data.index", "proxy"),
     *("model.checkpoint", "model.initialization", "training.local_batch_size"),
@@ -37,7 +39,7 @@ INDIFFERENT = {
     *("training.gc_interval", "training.start_timeout", "training.step_timeout"),
 }
 """Sections and settings that do not change what a run computes, but for rounding, from
-the files that it is given."""
+the files that it is given, nor by which clips it is judged."""
 
 
 def load_config(argv: Sequence[str], world_size: int | None = None) -> Config:

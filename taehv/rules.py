@@ -338,10 +338,14 @@ def _check_ranges(config: Config) -> None:
 
 def check_batch(config: Config, world_size: int) -> None:
     batch, local = config.training.global_batch_size, config.training.local_batch_size
+    crops = config.data.crops_per_window
     if batch % world_size:
+        several = world_size * crops
         raise UserError(
             f"training.global_batch_size = {batch} must be a multiple of the "
-            f"{world_size} processes: take {-(-batch // world_size) * world_size}"
+            f"{world_size} processes"
+            + f" times {crops} data.crops_per_window" * (crops > 1)
+            + f": take {-(-batch // several) * several}"
         )
     share = batch // world_size
     if local and share % local:
@@ -349,7 +353,6 @@ def check_batch(config: Config, world_size: int) -> None:
             f"training.local_batch_size = {local} must divide the {share} clips that "
             f"each of {world_size} processes has of global_batch_size = {batch}"
         )
-    crops = config.data.crops_per_window
     parts = world_size * (share // (local or share))
     for shape in config.data.shapes if config.data.buckets else []:
         clips = config.data.clips_of(shape, batch)
@@ -361,10 +364,14 @@ def check_batch(config: Config, world_size: int) -> None:
                 f"data.batch_multiple to {parts * crops}"
             )
     if (local or share) % crops:
+        several = world_size * crops
+        cure = "lower it"
+        if not local:
+            cure += ", or take training.global_batch_size = "
+            cure += f"{-(-batch // several) * several}"
         raise UserError(
             f"data.crops_per_window = {crops} must divide the {local or share} clips "
-            "that a process takes at a time: lower it, or raise "
-            f"training.{'local' if local else 'global'}_batch_size"
+            f"that a process takes at a time: {cure}"
         )
 
 

@@ -415,8 +415,9 @@ class Validation:
     clips: int = 16
     """Fixed clips from the held-out files; 0 is off (the files stay held out)."""
     frames: int = 0
-    """Length of such a clip, in frames; 0: as those to train on, data.frames. In a
-    cache this and the next two are applied once, by precompute."""
+    """Length of such a clip, in frames, of which those are judged that latents stand
+    for; 0: as those to train on, data.frames. In a cache this and the next two are
+    applied once, by precompute."""
     height: int = 0
     """Height of the largest centred crop after scaling, in pixels; 0: data.height."""
     width: int = 0

@@ -24,7 +24,7 @@ from taehv.config import load_config, table
 from taehv.errors import UserError
 from taehv.metrics import Estimate, estimate
 from taehv.pool import PoolSize
-from taehv.rules import check_config
+from taehv.rules import check_config, check_size
 from taehv.sections import Config, Data
 from taehv.variants import VARIANTS
 from taehv.visualize import picture_strip
@@ -202,6 +202,10 @@ class Study:
             raise UserError(
                 f"{where}: clips of {sizes[0]} cannot be cut from windows of {sizes[1]}"
             )
+        try:  # whether all arms can be judged by the same clips
+            check_size(replace(config, data=common.validation_data), "data")
+        except UserError as error:
+            raise UserError(f"{where}: held-out clips: {error}") from None
         if config.teacher != common.teacher:
             raise UserError(f"{where}: all arms have the teacher of [common]")
         own = OF_CLIPS if common.teacher.kind else OF_FREE_CLIPS

@@ -817,8 +817,8 @@ class Trainer:
             return
         if result is None:
             raise UserError(
-                "none of the held-out clips can be decoded: see the reasons above, or "
-                "name other files in data.holdout"
+                "none of the held-out clips can be decoded: see the reasons above, "
+                "name other files in data.holdout, or lower validation.frames"
             )
         is_missing = settings.best and settings.best not in result.means
         if is_missing and not self.counts.step:

@@ -215,12 +215,16 @@ def test_what_changes_the_course_of_a_run_is_named() -> None:
     assert changes(dumps(before), Config()) == {}
     now = load_config(["--optim.lr=0.5", "--data.stride=1,2", "--job.name=b"], 1)
     now.data.root, now.parallelism.mode, now.logging.interval = "b", "fsdp", 3
+    now.validation.height, now.validation.interval = 64, 3
     assert changes(dumps(before), now) == {
+        "validation.height": (0, 64),
         "optim.lr": (1e-3, 0.5),
         "data.stride": ([1, 3], [1, 2]),
     }
     # Written before there was such a setting: it had its default.
-    assert changes("[optim]\nlr = 0.5\n", now) == {"data.stride": ([1, 3], [1, 2])}
+    assert changes("[optim]\nlr = 0.5\n[validation]\nheight = 64\n", now) == {
+        "data.stride": ([1, 3], [1, 2])
+    }
 
 
 def test_what_is_indifferent_is_there() -> None:
@@ -529,6 +533,12 @@ RULES = [
     (2, "--training.local_batch_size=3", "must divide the 8 clips that each of 2"),
     (1, "--training.local_batch_size=32", "must divide the 16 clips"),
     (4, "--data.crops_per_window=3", "must divide the 4 clips"),
+    (4, "--data.crops_per_window=3", "take training.global_batch_size = 24"),
+    (
+        3,
+        "--data.crops_per_window=4",
+        "of the 3 processes times 4 data.crops_per_window: take 24",
+    ),
     (1, "--data.crops_per_window=4 --training.local_batch_size=2", "the 2 clips"),
     (1, "--parallelism.shard_size=2", "is for mode hsdp; leave it at 0 for replicate"),
     (1, "--seraena.enable --seraena.frames=6 --data.frames=5", "lower it or take more"),

@@ -152,6 +152,14 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
             "'plain': then data.height = 24 must be a multiple of 16",
         ),
         ("global_batch_size = 2", "batch = 2", "unknown setting"),
+        (
+            "workers = 0\n[common.training]\nglobal_batch_size = 2\n"
+            'precision = "fp32"\n[[arms]]\n',
+            "workers = 0\n[common.training]\nglobal_batch_size = 2\n"
+            "[common.validation]\nheight = 24\n[[arms]]\n"
+            'model.variant = "taew2_2"\nvalidation.height = 16\n',
+            "'plain': held-out clips: data.height = 24 must be a multiple of 16",
+        ),
         ("optim.betas = [0.9, 0.99]", "optim.lr = -1", "optim.lr = -1.0 must be"),
         ("frames = 9", "frames = 4", "cannot be cut"),
         ('name = "plain"', 'teacher.kind = "a:B"\nname = "plain"', "teacher of"),
