@@ -70,7 +70,7 @@ def read_config(argv: Sequence[str], prog: str | None = None) -> Config:
         _merge(config, _read_toml(arguments.config), arguments.config)
     overrides = {k: v for k, v in vars(arguments).items() if "." in k and v is not None}
     for key, text in overrides.items():
-        _set(config, key, _value_of(text, _types(config)[key]), "the command line")
+        _set(config, key, _value_of(text, _types()[key]), "the command line")
     check_config(config)
     return config
 
@@ -122,7 +122,7 @@ def changes(before: str, now: Config) -> dict[str, tuple[Any, Any]]:
     """
     old = tomli.loads(before)
     found = {}
-    for key in _types(now):
+    for key in _types():
         section, name = key.split(".")
         if not {section, key} & INDIFFERENT:
             value = old.get(section, {}).get(name, get(Config(), key))
@@ -157,7 +157,7 @@ def _read_toml(name: str) -> dict[str, Any]:
 
 
 def _merge(config: Config, tree: dict[str, Any], source: str) -> None:
-    known = _types(config)
+    known = _types()
     sections = {key.split(".")[0] for key in known}
     for section, values in tree.items():
         if section not in sections:
@@ -170,7 +170,7 @@ def _merge(config: Config, tree: dict[str, Any], source: str) -> None:
 
 
 def _set(config: Config, key: str, value: Any, source: str) -> None:
-    known = _types(config)
+    known = _types()
     if key not in known:
         raise UserError(f"{source}: unknown setting {key}{nearest(key, known)}")
     section, name = key.split(".")
@@ -184,7 +184,10 @@ def _set(config: Config, key: str, value: Any, source: str) -> None:
     setattr(getattr(config, section), name, fitted)
 
 
-def _types(config: Config) -> dict[str, Any]:
+@functools.cache
+def _types() -> dict[str, Any]:
+    """Of every setting; found once, which takes longer than reading a file."""
+    config = Config()
     return {
         f"{section.name}.{name}": annotation
         for section in fields(config)
@@ -260,7 +263,7 @@ class _Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         unknown = unknown.partition("=")[0]
         if message.startswith("unrecognized") and unknown.startswith("--"):
-            known = [f"--{key}" for key in _types(Config())]
+            known = [f"--{key}" for key in _types()]
             raise UserError(f"unknown setting {unknown}{nearest(unknown, known)}")
         raise UserError(f"command line: {message} (--help lists the settings)")
 
@@ -273,7 +276,7 @@ def _parser(prog: str | None) -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="settings in TOML")
-    known = _types(Config())
+    known = _types()
     for section in fields(Config):
         group = parser.add_argument_group(section.name)
         for name, text in _docs(type(getattr(Config(), section.name))).items():

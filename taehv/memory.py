@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import resource
 import sys
@@ -55,6 +56,14 @@ def host_memory(root: Path = Path("/")) -> HostMemory | None:
             found.append(HostMemory(used - int(stat["inactive_file"]), int(text)))
         group = group.parent
     return max(found, key=lambda memory: memory.used / memory.limit)
+
+
+def free_bytes(device: torch.device) -> float:
+    """What is left of a device's memory; without an end where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    memory = host_memory()
+    return math.inf if memory is None else memory.limit - memory.used
 
 
 class MemoryMonitor:

@@ -25,7 +25,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from taehv.checkpoint import optimizer_state
 from taehv.distributed import sum_over_ranks
+from taehv.errors import UserError
 from taehv.losses import Decoded
+from taehv.memory import free_bytes
 from taehv.optim import Optimizer
 from taehv.sampler import GUIDED, draw
 from taehv.sections import Optim
@@ -413,8 +415,17 @@ def new_view(
     device = torch.device("cpu") if on_cpu else like.device
     image = (3 * settings.frames, *size)
     context = (variant.latent_channels, *(x // variant.space_factor for x in size))
-    replay = Replay(lanes, depth, image, context, settings.replay_dtype, device)
-    return View(clips, groups, replay)
+    about = (lanes, depth, image, context, settings.replay_dtype)
+    needed, free = Replay(*about, torch.device("meta")).nbytes, free_bytes(device)
+    if needed > free:
+        # What is not a whole number of samples a lane is cut off.
+        fits = int(lanes * depth * free / needed) * dist.get_world_size() / share
+        raise UserError(
+            f"seraena.replay_size = {settings.replay_size} takes "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are left of the memory "
+            f"of {device}: take {int(fits)} or less"
+        )
+    return View(clips, groups, Replay(*about, device))
 
 
 # --- guidance ----------------------------------------------------------------------

@@ -157,6 +157,7 @@ class Study:
         study._check_numbers(where)
         for task in study.tasks:
             told = f"{where}: arm {task.arm!r}"
+            check_config(task.config)
             study._check(told, task.config)
             if task.later is not None:
                 study._check_later(told, task)
@@ -226,10 +227,17 @@ class Study:
         except UserError as error:
             raise UserError(f"{where}: then {error}") from None
 
-    def config(self, arm: str | None = None, **more: Any) -> Config:
-        """Settings of an arm, or those that all share."""
-        settings = {**(self.arms[arm] if arm else self.common), **more}
-        return load_config([f"--{k}={_text(v)}" for k, v in settings.items()], 1)
+    def config(self, arm: str | None = None) -> Config:
+        """Settings of an arm, or those that all share; not to be changed."""
+        return self._configs[arm]
+
+    @functools.cached_property
+    def _configs(self) -> dict[str | None, Config]:
+        settings = {None: self.common, **self.arms}
+        return {
+            name: load_config([f"--{k}={_text(v)}" for k, v in given.items()], 1)
+            for name, given in settings.items()
+        }
 
     def of_stages(self, names: Sequence[str] | None) -> Study:
         """The same with some stages alone.
@@ -251,14 +259,13 @@ class Study:
         found = []
         for stage in self.stages:
             for seed, arm in itertools.product(stage.seeds, stage.arms or self.arms):
-                more: Settings = {"training.seed": seed}
+                config, other = self.config(arm), self.later.get(arm)
+                training = replace(config.training, seed=seed)
                 if stage.steps:
-                    more["training.steps"] = stage.steps
-                config = self.config(arm, **more)
+                    training = replace(training, steps=stage.steps)
+                config = replace(config, training=training)
                 seconds = 0.0 if stage.steps else stage.seconds
-                later = None
-                if arm in self.later:
-                    later = self.config(self.later[arm], **more).data
+                later = self.config(other).data if other else None
                 # Whatever a curve and its measures are of is part of the key.
                 told = (
                     f"{VERSION} {stage.name} {seconds} {stage.keep} {self.pool} "

@@ -64,6 +64,8 @@ def test_a_resumed_run_goes_on_exactly(
     output = run.train()
     assert "resuming from" in output and "anew" not in output
     assert run.metrics() == reference.metrics()
+    output = run.train(seraena__start_step=4)
+    assert "guidance never begins: seraena.start_step = 4, and the run has" in output
 
 
 def test_guidance_can_be_added_to_a_run(
@@ -77,12 +79,6 @@ def test_guidance_can_be_added_to_a_run(
     assert "the checkpoint has no earlier decoded frames: they gather anew" in output
     weights = [record["seraena/weight"] for record in run.metrics()[4:]]
     assert weights == pytest.approx([0.05 / 3, 0.1 / 3])
-
-
-def test_guidance_after_the_last_step_is_told(videos: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path, videos, **SHORT)
-    output = run.train(training__steps=1, seraena__start_step=1)
-    assert "guidance never begins: seraena.start_step = 1, and the run has" in output
 
 
 @pytest.mark.soak

@@ -172,7 +172,8 @@ def test_stop_during_validation(videos: Path, tmp_path: Path) -> None:
     assert "resuming from" in output
     assert "number of training files has changed" in output and "as allowed" in output
     assert "step-0: optim.lr: 0.001 -> 0.002" in output
-    assert output.count("not the settings of") == 1
+    assert "step-0: validation.clips: 400 -> " in output
+    assert output.count("not the settings of") == 2
     records = [*map(json.loads, (run.folder / "validation.jsonl").open())]
     assert [record["step"] for record in records] == [0, 3]
     less |= {"checkpoint__allow_changed_data": "true"}

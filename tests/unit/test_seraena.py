@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from golden_vectors import MANIFEST, assert_same, formula_tensor, vectors
 from torch import Tensor, nn
 
 from taehv.distributed import World, shard, started
+from taehv.errors import UserError
 from taehv.losses import Decoded, Targets
 from taehv.model import TAEHV
 from taehv.optim import Ema, Optimizer
@@ -31,6 +33,7 @@ from taehv.seraena import (
     Seraena,
     View,
     new_discriminator,
+    new_view,
 )
 from taehv.step import TrainingStep
 from taehv.variants import VARIANTS
@@ -694,3 +697,14 @@ def test_the_adversarial_gradient_is_the_correction(world: World) -> None:
     assert "adversarial" in result.names and "seraena/loss" not in result.names
     after = [p.detach() for p in guide.discriminator.parameters()]
     assert all(map(torch.equal, before, after))
+
+
+def test_a_memory_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taehv.seraena.free_bytes", lambda device: 3 * 2**20)
+    about = (VARIANTS["taehv"], SHAPE, 2, 1.0, LIKE)
+    told = r"replay_size = 1000 takes 0\.0 GiB, and 0\.0 are left .* of cpu: take (\d+)"
+    with pytest.raises(UserError, match=told) as raised:
+        new_view(Settings(replay_size=1000), *about)
+    fits = int(re.search(told, str(raised.value))[1])
+    view = new_view(Settings(replay_size=fits), *about)
+    assert 0.9 * 3 * 2**20 < view.replay.nbytes <= 3 * 2**20

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from taehv import bench_recipe
 from taehv.bench import Bench
-from taehv.bench_recipe import Lab, Pace, points, told_losses, told_steps
+from taehv.bench_recipe import Job, Lab, Pace, _left, points, told_losses, told_steps
 from taehv.clips import Batch
 from taehv.config import read_config
 from taehv.distributed import started
@@ -176,6 +176,7 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
         ("windows = 6", "windows = 6.5", "windows = 6.5 must be an integer"),
         ("[pool]", 'other = "x"\n[pool]', "unknown other"),
         ("seeds = [1]", "seeds = 1", "seeds = 1 must be a list"),
+        ("seeds = [1]", "seeds = [-1]", "training.seed = -1 must be"),
         ("seeds = [1]", "seeds = []", "needs seconds or steps, above 0, and seeds"),
         ("seconds = 0.3", "seconds = 0", "'second' needs seconds or steps"),
         ("seconds = 0.3", "seconds = 1\nsteps = 1", "'second' needs seconds or"),
@@ -506,16 +507,25 @@ def test_a_study_is_trained_and_told(
     (record,) = Results(tmp_path / "alone").read().values()
     assert [p["ema"] for p in record["curve"]] == [p["ema"] for p in default["curve"]]
     assert record["last_loss"] == default["last_loss"]
-    # Other videos that were not judged then are now.
-    assert record["also"]["after"] is None
-    bench(videos, alone, tmp_path / "alone", stages=["first"], also=str(videos))
-    (record,) = Results(tmp_path / "alone").read().values()
-    assert record["also"] == default["also"]
+
+
+def test_what_was_not_judged_by_the_other_videos_is_left(
+    study: Path, tmp_path: Path
+) -> None:
+    results = Results(tmp_path / "output")
+    read = Study.read(study, {"data.root": "a"})
+    for task, after in zip(read.tasks, (None, 20.0), strict=False):
+        results.add({"key": task.key, "also": {"after": after}})
+    for also, left in (("", read.tasks[2:]), ("b", [read.tasks[0], *read.tasks[2:]])):
+        job = Job(study, None, {}, results.folder, also, math.inf)
+        assert _left(job, read, results) == left
 
 
 def test_clips_may_grow(
     videos: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(bench_recipe, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(bench_recipe, "TIMED_SECONDS", 0.1)
     heights: list[int] = []
     cut = Pool.batch
 
