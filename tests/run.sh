@@ -16,7 +16,6 @@ fi
 # Runs write gigabytes; all of it goes when the tests end, however they end.
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-# Two files at a time, each on one core, in order: those of few and long tests come first.
+# Two files at a time, each on one core.
 export OMP_NUM_THREADS=1
-share=(-n 2 --dist loadfile --no-loadscope-reorder)
-"$PYTHON" -m pytest "${share[@]}" --basetemp "$scratch/pytest" "${soak[@]}" "$@"
+"$PYTHON" -m pytest -n 2 --dist loadfile --basetemp "$scratch/pytest" "${soak[@]}" "$@"
