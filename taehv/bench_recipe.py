@@ -48,7 +48,7 @@ from taehv.perceptual import load_measures
 from taehv.pool import Pool
 from taehv.pretrained import initial_model
 from taehv.sections import Config, Data, Parallelism
-from taehv.seraena import CollapseWatch
+from taehv.seraena import CollapseWatch, warn_if_idle
 from taehv.shards import full
 from taehv.step import StepResult
 from taehv.study import (
@@ -309,7 +309,7 @@ class Lab:
             training = replace(training, steps=max(2, pace.steps(task.seconds)))
         student = self._begun(replace(task.config, training=training))
         before = self._also(student)
-        self._warn_of_guidance(task, training.steps)
+        warn_if_idle(task.config.seraena, training.steps, f"{task.stage}, {task.arm}: ")
         told = settings_told(task) | {
             "device": self.device_name,
             "steps": training.steps,
@@ -331,14 +331,6 @@ class Lab:
             f"{told['ema']['psnr']:.2f}"
         )
         return told
-
-    def _warn_of_guidance(self, task: Task, steps: int) -> None:
-        seraena = task.config.seraena
-        if seraena.enable and seraena.start_step >= steps:
-            log.warning(
-                f"{task.stage}, {task.arm}: guidance never begins, since "
-                f"seraena.start_step = {seraena.start_step} and there are {steps} steps"
-            )
 
     def _curve(self, student: Student, pace: Pace, task: Task) -> Record:
         """Train to the last step; returns the PSNR on the way there, and the losses."""

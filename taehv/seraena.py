@@ -387,6 +387,15 @@ class View:
     """A few samples of the last step."""
 
 
+def warn_if_idle(settings: Settings, steps: int, where: str = "") -> None:
+    """Tell that guidance which is on begins after the last step of a training."""
+    if settings.enable and settings.start_step >= steps:
+        log.warning(
+            f"{where}guidance never begins: seraena.start_step = "
+            f"{settings.start_step}, and there are {steps} steps"
+        )
+
+
 def new_view(
     settings: Settings,
     variant: Variant,

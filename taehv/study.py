@@ -55,7 +55,7 @@ OF_A_TRAINING = (
     *("model", "teacher", "data", "training", "optim", "loss", "seraena"),
     *("parallelism", "compile"),
 )
-"""Sections of settings."""
+"""Sections of settings: not what is written, how often and where."""
 OF_AN_ARM = ("name", "of", "then")
 """What an arm has beside settings."""
 VERSION = 2
@@ -209,6 +209,8 @@ class Study:
             raise UserError(f"{where}: held-out clips: {error}") from None
         if config.teacher != common.teacher:
             raise UserError(f"{where}: all arms have the teacher of [common]")
+        if config.validation != common.validation:
+            raise UserError(f"{where}: all arms are judged by [common]'s [validation]")
         own = OF_CLIPS if common.teacher.kind else OF_FREE_CLIPS
         for name, value in vars(common.data).items():
             if name not in own and getattr(config.data, name) != value:
@@ -238,6 +240,12 @@ class Study:
             name: load_config([f"--{k}={_text(v)}" for k, v in given.items()], 1)
             for name, given in settings.items()
         }
+
+    @functools.cached_property
+    def _judged_by(self) -> str:
+        """Whatever all arms are judged by."""
+        shape, by = self.config().validation_data.usual_shape, self.config().validation
+        return f"{shape} {by.lpips} {by.st_lpips} {by.vmaf}"
 
     def of_stages(self, names: Sequence[str] | None) -> Study:
         """The same with some stages alone.
@@ -271,18 +279,12 @@ class Study:
                     f"{VERSION} {stage.name} {seconds} {stage.keep} {self.pool} "
                     f"{self.scale.clips} {self.scale.points}"
                 )
-                told += f" {_all_but_files(config)} {later}"
+                sections = [getattr(config, name) for name in OF_A_TRAINING]
+                told += f" {sections} {later} {self._judged_by}"
                 key = hashlib.sha256(told.encode()).hexdigest()[:16]
                 told_by = (stage.name, arm, seed, seconds, stage.keep)
                 found.append(Task(*told_by, config, later, key))
         return found
-
-
-def _all_but_files(config: Config) -> str:
-    """What a result depends on: not what is written, how often and where."""
-    sections = [getattr(config, name) for name in OF_A_TRAINING]
-    judged, by = config.validation_data.usual_shape, config.validation
-    return f"{sections} {judged} {by.lpips} {by.st_lpips} {by.vmaf}"
 
 
 def _table(value: Any, where: str) -> Settings:

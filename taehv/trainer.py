@@ -65,6 +65,7 @@ from taehv.seraena import (
     Seraena,
     new_discriminator,
     new_view,
+    warn_if_idle,
 )
 from taehv.shards import full
 from taehv.step import StepResult, TrainingStep
@@ -402,12 +403,12 @@ class Trainer:
         )
         if self.seraena is not None:
             log.info(str(self.seraena))
-            start = config.seraena.start_step
-            if start >= config.training.steps:
-                log.warning(
-                    f"guidance never begins: seraena.start_step = {start}, and the run "
-                    f"has training.steps = {config.training.steps}"
-                )
+        self._warn()
+
+    def _warn(self) -> None:
+        """Of what will not be done, whatever the settings say."""
+        config = self.config
+        warn_if_idle(config.seraena, config.training.steps)
         wanted, own = config.validation_data.usual_shape, config.data.usual_shape
         if wanted not in (own, self.judged_shape):
             sizes = " x ".join(map(str, self.judged_shape[:3]))

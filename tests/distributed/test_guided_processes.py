@@ -65,7 +65,7 @@ def test_a_resumed_run_goes_on_exactly(
     assert "resuming from" in output and "anew" not in output
     assert run.metrics() == reference.metrics()
     output = run.train(seraena__start_step=4)
-    assert "guidance never begins: seraena.start_step = 4, and the run has" in output
+    assert "guidance never begins: seraena.start_step = 4, and there are 4" in output
 
 
 def test_guidance_can_be_added_to_a_run(

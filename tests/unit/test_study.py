@@ -132,6 +132,15 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
         assert (task.key == tasks[0].key) == is_so
     study.write_text(STUDY.replace("windows = 6", "windows = 7"))
     assert Study.read(study, {"data.root": "a"}).tasks[2].key != tasks[2].key
+    # An arm's clips are its own, those that it is judged by are of all.
+    keys = set()
+    for height in (16, 24):
+        text = STUDY.replace('arms = ["default"]', 'arms = ["small"]')
+        study.write_text(text.replace("height = 16", f"height = {height}"))
+        task = Study.read(study, {"data.root": "a"}).tasks[-1]
+        assert (task.arm, task.config.data.height) == ("small", 8)
+        keys.add(task.key)
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize(
@@ -153,13 +162,13 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
         ),
         ("global_batch_size = 2", "batch = 2", "unknown setting"),
         (
-            "workers = 0\n[common.training]\nglobal_batch_size = 2\n"
+            "width = 16\nworkers = 0\n[common.training]\nglobal_batch_size = 2\n"
             'precision = "fp32"\n[[arms]]\n',
-            "workers = 0\n[common.training]\nglobal_batch_size = 2\n"
-            "[common.validation]\nheight = 24\n[[arms]]\n"
-            'model.variant = "taew2_2"\nvalidation.height = 16\n',
-            "'plain': held-out clips: data.height = 24 must be a multiple of 16",
+            "width = 24\nworkers = 0\n[common.training]\nglobal_batch_size = 2\n"
+            '[[arms]]\nmodel.variant = "taew2_2"\ndata.width = 16\n',
+            "'plain': held-out clips: data.width = 24 must be a multiple of 16",
         ),
+        ("optim.betas", "validation.height = 24\noptim.betas", "are judged by"),
         ("optim.betas = [0.9, 0.99]", "optim.lr = -1", "optim.lr = -1.0 must be"),
         ("frames = 9", "frames = 4", "cannot be cut"),
         ('name = "plain"', 'teacher.kind = "a:B"\nname = "plain"', "teacher of"),
@@ -269,16 +278,23 @@ def test_the_studies_that_come_along_are_legal(path: Path) -> None:
         assert stage.against in ("", *(other.name for other in study.stages))
 
 
-def test_the_candidate_is_what_users_train_with() -> None:
-    study = Study.read(ROOT / "tests/gpu/recipe.toml", {"data.root": "a"})
-    theirs = read_config(["--config", str(ROOT / "train_configs/autoencoder.toml")])
-    ours = study.config("candidate")
-    ours.training.steps = theirs.training.steps
-    for section in ("model", "optim", "loss", "seraena", "training"):
-        mine, other = getattr(ours, section), getattr(theirs, section)
-        assert mine == other
-    for name in ("frames", "height", "width", "stride", "flip", "color_jitter"):
-        assert getattr(ours.data, name) == getattr(theirs.data, name)
+@pytest.mark.parametrize(
+    ("arm", "name", "sections"),
+    [
+        ("candidate", "autoencoder", ("model", "optim", "loss", "seraena")),
+        ("published", "published", ("model", "optim", "loss")),
+    ],
+)
+def test_arms_of_the_recipe_are_what_users_train_with(
+    arm: str, name: str, sections: tuple[str, ...]
+) -> None:
+    ours = Study.read(ROOT / "tests/gpu/recipe.toml", {"data.root": "a"}).config(arm)
+    theirs = read_config(["--config", str(ROOT / f"train_configs/{name}.toml")])
+    for section in sections:
+        assert getattr(ours, section) == getattr(theirs, section)
+    assert ours.training.global_batch_size == theirs.training.global_batch_size
+    for key in ("frames", "height", "width", "flip", "color_jitter"):
+        assert getattr(ours.data, key) == getattr(theirs.data, key)
 
 
 def test_when_a_curve_reaches_a_value() -> None:
