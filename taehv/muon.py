@@ -26,6 +26,8 @@ STEP_RMS = 0.2
 """Root mean square of a step over the learning rate, about that of AdamW, so that both
 take one learning rate and weight decay."""
 EPS = 1e-7
+MOST_ROWS = 256
+"""Of matrices that are stepped along with others; larger ones keep a GPU busy alone."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Matrix:
 
 
 class Muon:
-    """Steps matrices; those of one shape at once.
+    """Steps matrices; those of one shape at once, and on a GPU those of as many rows.
 
     Nothing waits for the device. Where weights are sharded, each process orthogonalises
     whole ones and keeps its part.
@@ -103,11 +105,16 @@ class Muon:
         alike = defaultdict(list)
         for index, matrix in enumerate(self.matrices):
             alike[matrix.size, matrix.rate].append(index)
+        batches = [
+            torch.cat([wholes[i].view(size) for i in indices])
+            for (size, _), indices in alike.items()
+        ]
+        each = orthogonal_each(batches, MOST_ROWS if flat.is_cuda else 0)
         found: dict[int, Tensor] = {}
-        for ((groups, rows, columns), rate), indices in alike.items():
-            each = [wholes[i].view(groups, rows, columns) for i in indices]
-            scale = STEP_RMS * math.sqrt(max(rows, columns)) * rate * is_good
-            steps_BRC = orthogonal(torch.cat(each)).to(flat.dtype) * scale
+        for (key, indices), steps_BRC in zip(alike.items(), each, strict=True):
+            (groups, *sides), rate = key
+            scale = STEP_RMS * math.sqrt(max(sides)) * rate * is_good
+            steps_BRC = steps_BRC.to(flat.dtype) * scale
             found |= zip(indices, steps_BRC.split(groups), strict=True)
         matrices = enumerate(self.matrices)
         return [self._own(found[i], matrix.part) for i, matrix in matrices]
@@ -142,6 +149,34 @@ class Muon:
             first = -(-len(whole_RC) // size) * rank
             whole_RC = whole_RC[first : first + len(part)]
         return whole_RC.reshape(part.shape)
+
+
+def orthogonal_each(batches: Sequence[Tensor], most_rows: int) -> list[Tensor]:
+    """Of batches of matrices, B x R x C, what orthogonal makes of each.
+
+    Small matrices of as many rows are made orthogonal at once, with columns of zeros to
+    as many: these stay zero and change nothing, and on a GPU a kernel takes longer to
+    start than to run.
+
+    Args:
+        batches: of several shapes.
+        most_rows: of a matrix that is small; 0 leaves every batch to itself.
+    """
+    wide = [x.mT if x.shape[1] > x.shape[2] else x for x in batches]
+    together: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, x_BRC in enumerate(wide):
+        _, rows, columns = x_BRC.shape
+        together[rows, 0 if rows <= most_rows else columns].append(index)
+    found: dict[int, Tensor] = {}
+    for indices in together.values():
+        some = [wide[i] for i in indices]
+        most = max(x.shape[2] for x in some)
+        filled = [F.pad(x, (0, most - x.shape[2])) for x in some]
+        parts = orthogonal(torch.cat(filled)).split([len(x) for x in some])
+        for i, x, part_BRC in zip(indices, some, parts, strict=True):
+            part_BRC = part_BRC[..., : x.shape[2]]
+            found[i] = part_BRC if part_BRC.shape == batches[i].shape else part_BRC.mT
+    return [found[i] for i in range(len(batches))]
 
 
 def orthogonal(matrices_BRC: Tensor) -> Tensor:

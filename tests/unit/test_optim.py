@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from taehv.muon import orthogonal
+from taehv.muon import orthogonal, orthogonal_each
 from taehv.offload import Masters
 from taehv.optim import (
     Ema,
@@ -279,6 +279,29 @@ def test_orthogonal_matrices(shape: tuple[int, int, int]) -> None:
     assert singular.min() > 0.65 and singular.max() < 1.25
     remade = left @ torch.diag_embed(singular) @ right
     torch.testing.assert_close(found_BRC[1:], remade)
+
+
+@pytest.mark.parametrize("most_rows", [0, 4, 8])
+def test_matrices_of_several_shapes_are_made_orthogonal(
+    most_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each alone, and in as few products as asked for."""
+    seen: list[torch.Size] = []
+
+    def told(matrices_BRC: Tensor) -> Tensor:
+        seen.append(matrices_BRC.shape)
+        return orthogonal(matrices_BRC)
+
+    monkeypatch.setattr("taehv.muon.orthogonal", told)
+    torch.manual_seed(0)
+    shapes = [(3, 8, 72), (2, 16, 8), (1, 8, 8), (2, 4, 9), (5, 1, 49), (1, 4, 30)]
+    batches = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    found = orthogonal_each(batches, most_rows)
+    monkeypatch.undo()
+    for batch_BRC, found_BRC in zip(batches, found, strict=True):
+        torch.testing.assert_close(found_BRC, orthogonal(batch_BRC))
+    assert len(seen) == {0: 6, 4: 5, 8: 3}[most_rows]
+    assert (most_rows == 8) == ((6, 8, 72) in seen)
 
 
 def test_a_bad_step_of_muon_changes_nothing() -> None:
