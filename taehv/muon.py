@@ -89,9 +89,16 @@ class Muon:
         torch._foreach_mul_(momenta, 1 - share)
         torch._foreach_add_(momenta, torch._foreach_mul(ahead, share))
         torch._foreach_lerp_(ahead, momenta, MOMENTUM)
-        for matrix in self.matrices if self.weight_decay else ():
-            matrix.part.mul_(1 - matrix.rate * is_good * self.weight_decay)
+        if self.weight_decay:
+            self._decay(is_good)
         torch._foreach_sub_(parts, self._steps(flat, is_good))
+
+    def _decay(self, is_good: Tensor) -> None:
+        alike: dict[Tensor, list[Tensor]] = defaultdict(list)
+        for matrix in self.matrices:
+            alike[matrix.rate].append(matrix.part)
+        for rate, parts in alike.items():
+            torch._foreach_mul_(parts, 1 - rate * is_good * self.weight_decay)
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         """This process's part of each weight, out of all of them."""
