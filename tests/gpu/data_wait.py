@@ -146,7 +146,7 @@ class DataWait:
             "data.frames": sizes.jobs[0].frames,
             "data.height": sizes.jobs[0].side,
             "data.width": sizes.jobs[0].side,
-            "teacher.kind": "random_teacher:RandomTeacher",
+            "teacher.kind": "frequency_teacher:FrequencyTeacher",
             "cache.windows": sizes.windows,
             "cache.frames": sizes.window_frames,
             "cache.height": sizes.window_side,
