@@ -74,6 +74,7 @@ class Muon:
         first = matrices[0].part
         # Five products in bf16 are exact enough, and fast where there are tensor cores.
         self.dtype = torch.bfloat16 if first.is_cuda else first.dtype
+        self.most_rows = MOST_ROWS if first.is_cuda else 0
 
     @torch.no_grad()
     def step(self, divisor: Tensor, is_good: Tensor) -> None:
@@ -116,7 +117,7 @@ class Muon:
             torch.cat([wholes[i].view(size) for i in indices])
             for (size, _), indices in alike.items()
         ]
-        each = orthogonal_each(batches, MOST_ROWS if flat.is_cuda else 0)
+        each = orthogonal_each(batches, self.most_rows)
         found: dict[int, Tensor] = {}
         for (key, indices), steps_BRC in zip(alike.items(), each, strict=True):
             (groups, *sides), rate = key
@@ -159,43 +160,42 @@ class Muon:
 
 
 def orthogonal_each(batches: Sequence[Tensor], most_rows: int) -> list[Tensor]:
-    """Of batches of matrices, B x R x C, what orthogonal makes of each.
+    """Of each matrix one of about the same singular vectors, all of about size one.
 
-    Small matrices of as many rows are made orthogonal at once, with columns of zeros to
-    as many: these stay zero and change nothing, and on a GPU a kernel takes longer to
-    start than to run.
+    What is zero stays zero. Small matrices of as many rows, or columns where these are
+    fewer, are iterated at once, filled up with columns of zeros, which change nothing:
+    on a GPU a kernel takes longer to start than to run.
 
     Args:
-        batches: of several shapes.
-        most_rows: of a matrix that is small; 0 leaves every batch to itself.
+        batches: B x R x C, of several shapes.
+        most_rows: of a matrix that is small; 0 fills up none, so that only those of
+            one shape are iterated at once.
     """
-    wide = [x.mT if x.shape[1] > x.shape[2] else x for x in batches]
+    flipped = [x.shape[1] > x.shape[2] for x in batches]
+    wide = [x.mT if flip else x for x, flip in zip(batches, flipped, strict=True)]
     together: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, x_BRC in enumerate(wide):
         _, rows, columns = x_BRC.shape
         together[rows, 0 if rows <= most_rows else columns].append(index)
-    found: dict[int, Tensor] = {}
+    found = list(wide)
     for indices in together.values():
         some = [wide[i] for i in indices]
         most = max(x.shape[2] for x in some)
-        filled = [F.pad(x, (0, most - x.shape[2])) for x in some]
-        parts = orthogonal(torch.cat(filled)).split([len(x) for x in some])
-        for i, x, part_BRC in zip(indices, some, parts, strict=True):
-            part_BRC = part_BRC[..., : x.shape[2]]
-            found[i] = part_BRC if part_BRC.shape == batches[i].shape else part_BRC.mT
-    return [found[i] for i in range(len(batches))]
+        filled = torch.cat([F.pad(x, (0, most - x.shape[2])) for x in some])
+        parts = orthogonal(filled).split([len(x) for x in some])
+        for i, part_BRC in zip(indices, parts, strict=True):
+            found[i] = part_BRC[..., : wide[i].shape[2]]
+    return [x.mT if flip else x for x, flip in zip(found, flipped, strict=True)]
 
 
-def orthogonal(matrices_BRC: Tensor) -> Tensor:
-    """Matrices of about the same singular vectors, and singular values of about one.
+def orthogonal(wide_BRC: Tensor) -> Tensor:
+    """The same of matrices of one shape, with no more rows than columns.
 
-    By Newton-Schulz iterations in the format of the matrices; what is zero stays zero.
+    By Newton-Schulz iterations in the format of the matrices.
     """
-    if matrices_BRC.shape[1] > matrices_BRC.shape[2]:
-        return orthogonal(matrices_BRC.mT).mT
     a, b, c = COEFFICIENTS
-    norms_B11 = torch.linalg.vector_norm(matrices_BRC, dim=(1, 2), keepdim=True)
-    x_BRC = matrices_BRC / norms_B11.clamp_min(EPS)
+    norms_B11 = torch.linalg.vector_norm(wide_BRC, dim=(1, 2), keepdim=True)
+    x_BRC = wide_BRC / norms_B11.clamp_min(EPS)
     for _ in range(ITERATIONS):
         gram_BRR = x_BRC @ x_BRC.mT
         gram_BRR = torch.baddbmm(gram_BRR, gram_BRR, gram_BRR, beta=b, alpha=c)

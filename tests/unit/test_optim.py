@@ -202,7 +202,7 @@ def test_parts_have_learning_rates_of_their_own(optimizer: str) -> None:
     moved = {}
     for scale in (1.0, 0.5, 0.0):
         encoder, decoder = parts = grouped_pair()
-        settings = Optim(optimizer=optimizer, encoder_lr_scale=scale)
+        settings = Optim(optimizer=optimizer, encoder_lr_scale=scale, weight_decay=0.5)
         stepper = new_optimizer(encoder, decoder, settings)
         stepper.lr.fill_(0.1)
         before = [p.detach().clone() for part in parts for p in part.parameters()]
@@ -272,7 +272,7 @@ def test_orthogonal_matrices(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     matrices_BRC = torch.randn(shape, dtype=torch.float64)
     matrices_BRC[0] = 0
-    found_BRC = orthogonal(matrices_BRC)
+    (found_BRC,) = orthogonal_each([matrices_BRC], 0)
     assert not found_BRC[0].any()
     left, _, right = torch.linalg.svd(matrices_BRC[1:], full_matrices=False)
     singular = torch.einsum("brk,brc,bkc->bk", left, found_BRC[1:], right)
@@ -281,27 +281,58 @@ def test_orthogonal_matrices(shape: tuple[int, int, int]) -> None:
     torch.testing.assert_close(found_BRC[1:], remade)
 
 
-@pytest.mark.parametrize("most_rows", [0, 4, 8])
-def test_matrices_of_several_shapes_are_made_orthogonal(
-    most_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As each alone, and in as few products as asked for."""
-    seen: list[torch.Size] = []
+@pytest.fixture
+def iterated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of all that Muon iterates at once."""
+    shapes: list[tuple[int, ...]] = []
 
-    def told(matrices_BRC: Tensor) -> Tensor:
-        seen.append(matrices_BRC.shape)
-        return orthogonal(matrices_BRC)
+    def told(wide_BRC: Tensor) -> Tensor:
+        shapes.append(tuple(wide_BRC.shape))
+        return orthogonal(wide_BRC)
 
     monkeypatch.setattr("taehv.muon.orthogonal", told)
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("most_rows", "expected"),
+    [
+        (0, [(3, 8, 72), (3, 8, 16), (1, 8, 8), (2, 4, 9), (5, 1, 49), (1, 4, 30)]),
+        (4, [(3, 8, 72), (3, 8, 16), (1, 8, 8), (3, 4, 30), (5, 1, 49)]),
+        (8, [(7, 8, 72), (3, 4, 30), (5, 1, 49)]),
+    ],
+)
+def test_matrices_of_several_shapes_are_made_orthogonal(
+    most_rows: int, expected: list[tuple], iterated: list[tuple[int, ...]]
+) -> None:
+    """As each alone, and in as few products as asked for."""
     torch.manual_seed(0)
     shapes = [(3, 8, 72), (2, 16, 8), (1, 8, 8), (2, 4, 9), (5, 1, 49), (1, 4, 30)]
+    shapes.append((1, 8, 16))
     batches = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     found = orthogonal_each(batches, most_rows)
-    monkeypatch.undo()
+    assert iterated == expected
     for batch_BRC, found_BRC in zip(batches, found, strict=True):
-        torch.testing.assert_close(found_BRC, orthogonal(batch_BRC))
-    assert len(seen) == {0: 6, 4: 5, 8: 3}[most_rows]
-    assert (most_rows == 8) == ((6, 8, 72) in seen)
+        (alone_BRC,) = orthogonal_each([batch_BRC], 0)
+        torch.testing.assert_close(found_BRC, alone_BRC)
+
+
+def test_muon_steps_are_the_same_at_once(iterated: list[tuple[int, ...]]) -> None:
+    """As on a GPU, where small matrices are filled up."""
+    moved, counts = [], []
+    for most_rows in (0, 256):
+        iterated.clear()
+        encoder, decoder = grouped_pair()
+        optimizer = new_optimizer(encoder, decoder, Optim(optimizer="muon"))
+        optimizer._muon.most_rows = most_rows
+        optimizer.lr.fill_(0.1)
+        set_gradients(encoder, 1)
+        set_gradients(decoder, 2)
+        optimizer.step(GOOD)
+        moved.append([*encoder.parameters(), *decoder.parameters()])
+        counts.append(len(iterated))
+    torch.testing.assert_close(moved[0], moved[1])
+    assert 0 < counts[1] < counts[0]
 
 
 def test_a_bad_step_of_muon_changes_nothing() -> None:
