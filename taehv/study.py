@@ -524,7 +524,7 @@ def _draw_curves(by_arm: ByArm, path: Path) -> None:
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
     for number, (arm, records) in enumerate(by_arm.items()):
-        style = "-" if number < 10 else "--"  # matplotlib has ten colours
+        style = ("-", "--", ":", "-.")[number // 10 % 4]  # for ten colours each
         seconds, values = zip(*mean_curve(list(records.values()), "ema"), strict=True)
         axes.plot(seconds, values, style, color=f"C{number % 10}", label=arm)
     axes.set_xlabel("seconds of training")

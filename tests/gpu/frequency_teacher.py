@@ -1,9 +1,8 @@
 """A teacher that needs no weights and takes no time: the low frequencies of a video.
 
 Its latents have `taehv`'s shape: of every 8 x 8 patch of the mean of four frames the
-ten lowest frequencies of brightness, and three of each of two colors. They hold about
-as much of a frame as those of a small VAE that was trained for an hour would, and a
-decoder has to find out what they leave away.
+ten lowest frequencies of brightness, and three of each of two colors. Of films of 128
+lines they give back 27.5 dB; a decoder has to find out what they leave out.
 """
 
 from __future__ import annotations
