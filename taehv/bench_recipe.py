@@ -11,7 +11,6 @@ import gc
 import itertools
 import math
 import os
-import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,11 +56,13 @@ from taehv.study import (
     Results,
     Study,
     Task,
+    file_name,
     settings_told,
     write_report,
 )
-from taehv.teacher import load_teacher
+from taehv.teacher import check_teacher, load_teacher
 from taehv.validate import ValidationResult, validate
+from taehv.variants import VARIANTS
 from taehv.visualize import to_uint8
 from taehv.weights import save_weights
 
@@ -137,6 +138,7 @@ def bench_recipe(bench: Bench) -> None:
         train_tasks(job, bench.world, iter(left))
     whole = Study.read(job.study, job.given)
     told = [f"{options.study}, {options.root}", *(options.set or [])]
+    told += [f"--also {also}"] if also else []
     bench.report.say(write_report(whole, results, ", ".join(told)))
     left = _left(job, study, results)
     if left:
@@ -149,13 +151,13 @@ def bench_recipe(bench: Bench) -> None:
 
 
 def _left(job: Job, study: Study, results: Results) -> list[Task]:
-    """What is not done yet, or was done without the videos of --also."""
+    """What is not done yet, or was done with other videos of --also, or none."""
     done = results.read()
     return [
         task
         for task in study.tasks
         if task.key not in done
-        or (job.also and done[task.key]["also"]["after"] is None)
+        or (job.also and done[task.key]["also"].get("of") != job.also)
     ]
 
 
@@ -259,9 +261,10 @@ class Lab:
         # The teacher is compiled where the models are.
         compiled = uses_compile(config.compile, self.device)
         self.teacher = load_teacher(config.teacher, self.device, compiled)
+        self._check_teacher()
         train, held_out = build_file_lists(config.data)
         self.held = self._held(config, held_out)
-        self.also = None
+        self.also, self.also_of = None, also
         if also:
             self.also = self._held(config, _files_of(also, config.data.images))
         log.info(f"decoding {study.pool.windows} windows of {len(train)} files")
@@ -276,6 +279,18 @@ class Lab:
         self.built_by = ""
         self.judge: TAEHV | None = None
         self.paces: dict[str, Pace] = {}
+
+    def _check_teacher(self) -> None:
+        """Whether it takes the windows, and has latents that all arms learn."""
+        if self.teacher is None:
+            return
+        variants = {task.config.model.variant for task in self.study.tasks}
+        for variant in variants:
+            channels = VARIANTS[variant].latent_channels
+            try:
+                check_teacher(self.teacher, channels, *self.study.pool.shape)
+            except UserError as error:
+                raise UserError(f"windows of [pool], {variant}: {error}") from None
 
     def _held(self, config: Config, files: Files) -> Held:
         clips, data = self.study.scale.clips, config.validation_data
@@ -321,7 +336,8 @@ class Lab:
             told[weights] = {k: e.mean for k, e in result.means.items()}
             if result.latents is not None:
                 told[weights] |= result.latents.scalars()
-        told["also"] = {"before": before, "after": self._also(student)}
+        after = self._also(student)
+        told["also"] = {"of": self.also_of, "before": before, "after": after}
         self._save_frames(task, result)
         if task.keep:
             self._save_weights(task, student)
@@ -473,7 +489,7 @@ class Lab:
     def _save_weights(self, task: Task, student: Student) -> None:
         weights = {k: full(v).cpu() for k, v in student.step.ema.weights.items()}
         about = {"variant": task.config.model.variant, "recipe": task.arm}
-        name = re.sub(r"[^\w.-]+", "-", f"{task.stage} {task.arm} {task.seed}")
+        name = file_name(f"{task.stage} {task.arm} {task.seed}")
         save_weights(
             self.results.folder / "weights" / f"{name}.safetensors", weights, about
         )

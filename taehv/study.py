@@ -9,7 +9,8 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from PIL import Image
 
 from taehv.cache import check_fit
 from taehv.config import load_config, table
-from taehv.errors import UserError
+from taehv.errors import UserError, nearest
 from taehv.metrics import Estimate, estimate
 from taehv.pool import PoolSize
 from taehv.rules import check_config, check_size
@@ -56,6 +57,7 @@ OF_A_TRAINING = (
     *("parallelism", "compile"),
 )
 """Sections of settings: not what is written, how often and where."""
+OF_A_STUDY = ("baseline", "clips", "points", "pool", "common", "arms", "stages")
 OF_AN_ARM = ("name", "of", "then")
 """What an arm has beside settings."""
 VERSION = 2
@@ -143,6 +145,9 @@ class Study:
             raise UserError(f"{where}: {error.strerror}") from None
         except (UnicodeDecodeError, tomli.TOMLDecodeError) as error:
             raise UserError(f"{where}: {error}") from None
+        for name in tree:
+            if name not in OF_A_STUDY:
+                raise UserError(f"{where}: unknown {name}{nearest(name, OF_A_STUDY)}")
         common = {**_flat(tree.pop("common", {}), f"{where}: [common]"), **given}
         listed = _tables(tree, "arms", where)
         arms = _arms(listed, common, where)
@@ -155,9 +160,12 @@ class Study:
         study = cls(table(Scale, tree, where), pool, arms, later, stages, common)
         study._check_names(where)
         study._check_numbers(where)
-        for task in study.tasks:
+        with _told_of(where):
+            tasks = study.tasks
+        for task in tasks:
             told = f"{where}: arm {task.arm!r}"
-            check_config(task.config)
+            with _told_of(told):
+                check_config(task.config)
             study._check(told, task.config)
             if task.later is not None:
                 study._check_later(told, task)
@@ -170,6 +178,14 @@ class Study:
         for name in [self.scale.baseline, *own, *listed]:
             if name not in self.arms:
                 raise UserError(f"{where}: no arm {name!r} among {list(self.arms)}")
+        files = dict[str, str]()
+        for name in self.arms:
+            other = files.setdefault(file_name(name), name)
+            if other != name:
+                raise UserError(
+                    f"{where}: the files of arms {other!r} and {name!r} would have one "
+                    "name: call one of them otherwise"
+                )
         for stage in self.stages:
             if stage.against and stage.against not in names:
                 raise UserError(f"{where}: no stage {stage.against!r} among {names}")
@@ -192,6 +208,11 @@ class Study:
                     f"{where}: stage {stage.name!r} needs seconds or steps, above 0, "
                     "and seeds"
                 )
+            for listed in (stage.arms, stage.seeds):
+                if len(set(listed)) < len(listed):
+                    raise UserError(
+                        f"{where}: stage {stage.name!r} has one of {listed} twice"
+                    )
 
     def _check(self, where: str, config: Config) -> None:
         """Whether clips of an arm can be cut from the windows that all share."""
@@ -235,11 +256,12 @@ class Study:
 
     @functools.cached_property
     def _configs(self) -> dict[str | None, Config]:
-        settings = {None: self.common, **self.arms}
-        return {
-            name: load_config([f"--{k}={_text(v)}" for k, v in given.items()], 1)
-            for name, given in settings.items()
-        }
+        configs = {}
+        for name, given in {None: self.common, **self.arms}.items():
+            with _told_of("[common] or --set" if name is None else f"arm {name!r}"):
+                arguments = [f"--{k}={_text(v)}" for k, v in given.items()]
+                configs[name] = load_config(arguments, 1)
+        return configs
 
     @functools.cached_property
     def _judged_by(self) -> str:
@@ -281,10 +303,34 @@ class Study:
                 )
                 sections = [getattr(config, name) for name in OF_A_TRAINING]
                 told += f" {sections} {later} {self._judged_by}"
+                told += _content(config.model.checkpoint)
                 key = hashlib.sha256(told.encode()).hexdigest()[:16]
                 told_by = (stage.name, arm, seed, seconds, stage.keep)
                 found.append(Task(*told_by, config, later, key))
         return found
+
+
+@contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    """Say where a mistake is; settings that a study has come as a command line's do."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error).removeprefix("the command line: ")
+        raise UserError(f"{where}: {told}") from None
+
+
+def _content(checkpoint: str) -> str:
+    """Names what a local file of weights holds; of a folder or URL its name must do."""
+    path = Path(checkpoint).expanduser()
+    if not checkpoint or not path.is_file():
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def file_name(told: str) -> str:
+    """A name for files out of any text."""
+    return re.sub(r"[^\w.-]+", "-", told)
 
 
 def _table(value: Any, where: str) -> Settings:

@@ -169,7 +169,9 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
             "'plain': held-out clips: data.width = 24 must be a multiple of 16",
         ),
         ("optim.betas", "validation.height = 24\noptim.betas", "are judged by"),
-        ("optim.betas = [0.9, 0.99]", "optim.lr = -1", "optim.lr = -1.0 must be"),
+        ("optim.betas = [0.9, 0.99]", "optim.lr = -1", "'plain': optim.lr = -1.0 must"),
+        ("optim.betas", "optim.beta", "toml: arm 'plain': unknown setting"),
+        ("workers = 0", "worker = 0", r"toml: \[common\] or --set: unknown setting"),
         ("frames = 9", "frames = 4", "cannot be cut"),
         ('name = "plain"', 'teacher.kind = "a:B"\nname = "plain"', "teacher of"),
         ("optim.betas", "data.stride = [2, 2]\noptim.betas", "the data of"),
@@ -184,8 +186,16 @@ def test_tasks_have_their_settings_and_keys(study: Path) -> None:
         ("clips = 2", "clips = 0", "clips = 0 must be at least 1"),
         ("windows = 6", "windows = 6.5", "windows = 6.5 must be an integer"),
         ("[pool]", 'other = "x"\n[pool]', "unknown other"),
+        ("[common.data]", "[comon.data]", "unknown comon: did you mean common"),
         ("seeds = [1]", "seeds = 1", "seeds = 1 must be a list"),
-        ("seeds = [1]", "seeds = [-1]", "training.seed = -1 must be"),
+        ("seeds = [1]", "seeds = [-1]", "arm 'default': training.seed = -1 must be"),
+        ("seeds = [1]", "seeds = [1, 1]", r"'second' has one of \[1, 1\] twice"),
+        ('arms = ["plain", ', 'arms = ["guided", "plain", ', "has one of .* twice"),
+        (
+            'name = "guided"',
+            'name = "default;bad"\n[[arms]]\nname = "guided"',
+            "'default, bad' and 'default;bad' would have one name",
+        ),
         ("seeds = [1]", "seeds = []", "needs seconds or steps, above 0, and seeds"),
         ("seconds = 0.3", "seconds = 0", "'second' needs seconds or steps"),
         ("seconds = 0.3", "seconds = 1\nsteps = 1", "'second' needs seconds or"),
@@ -229,6 +239,30 @@ def test_mistakes_in_a_command(
         bench(videos, study, tmp_path / "output", **given)
     assert len(str(raised.value).splitlines()) == 1
     assert "decoding" not in caplog.text
+
+
+def test_windows_are_what_the_teacher_takes(
+    videos: Path, study: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study.write_text(STUDY.replace("frames = 9", "frames = 11"))
+    caplog.set_level("INFO", "taehv")
+    teacher = "frequency_teacher:FrequencyTeacher"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tests/gpu"))
+        with pytest.raises(UserError, match="11 frames are none of 4 k"):
+            given = [f"teacher.kind={teacher}"]
+            bench(videos, study, tmp_path / "output", set=given, stages=["second"])
+    assert "decoding" not in caplog.text
+
+
+def test_other_weights_of_a_name_make_another_task(study: Path, tmp_path: Path) -> None:
+    keys = []
+    path = tmp_path / "weights.pth"
+    for content in (b"a", b"b", b"b"):
+        path.write_bytes(content)
+        given = {"data.root": "a", "model.checkpoint": str(path)}
+        keys.append(Study.read(study, given).tasks[0].key)
+    assert keys[0] != keys[1] == keys[2]
 
 
 def test_a_single_video_leaves_none_to_judge_by(
@@ -525,14 +559,15 @@ def test_a_study_is_trained_and_told(
     assert record["last_loss"] == default["last_loss"]
 
 
-def test_what_was_not_judged_by_the_other_videos_is_left(
+def test_what_was_not_judged_by_these_other_videos_is_left(
     study: Path, tmp_path: Path
 ) -> None:
     results = Results(tmp_path / "output")
     read = Study.read(study, {"data.root": "a"})
-    for task, after in zip(read.tasks, (None, 20.0), strict=False):
-        results.add({"key": task.key, "also": {"after": after}})
-    for also, left in (("", read.tasks[2:]), ("b", [read.tasks[0], *read.tasks[2:]])):
+    for task, of in zip(read.tasks, ("", "b"), strict=False):
+        results.add({"key": task.key, "also": {"of": of}})
+    others = [read.tasks[0], *read.tasks[2:]]
+    for also, left in (("", read.tasks[2:]), ("b", others), ("c", read.tasks)):
         job = Job(study, None, {}, results.folder, also, math.inf)
         assert _left(job, read, results) == left
 
