@@ -535,7 +535,7 @@ def _opened_shard(
             key, states[key] = _key(path), _state(path)
             if verified.get(key) == states[key]:
                 continue
-            if _sha256(path) != shard["files"][suffix]["sha256"]:
+            if sha256_of(path) != shard["files"][suffix]["sha256"]:
                 raise ShardError(f"{suffix} are damaged")
         return _parsed(place[1], shard, rules, states)
     except ShardError as error:
@@ -608,7 +608,8 @@ def _state(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content; raises OSError."""
     content = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -20,7 +20,7 @@ import tomli
 import torch
 from PIL import Image
 
-from taehv.cache import check_fit
+from taehv.cache import check_fit, sha256_of
 from taehv.config import load_config, table
 from taehv.errors import UserError, nearest
 from taehv.metrics import Estimate, estimate
@@ -325,7 +325,10 @@ def _content(checkpoint: str) -> str:
     path = Path(checkpoint).expanduser()
     if not checkpoint or not path.is_file():
         return ""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise UserError(f"model.checkpoint = {path}: {error.strerror}") from None
 
 
 def file_name(told: str) -> str:

@@ -570,13 +570,13 @@ def test_what_is_verified_is_not_read_again(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    original = taehv.cache._sha256
+    original = taehv.cache.sha256_of
 
     def counted(path: Path) -> str:
         hashed.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(taehv.cache, "_sha256", counted)
+    monkeypatch.setattr(taehv.cache, "sha256_of", counted)
     Cache.open(copied, "taehv")
     assert hashed == []  # what precompute wrote it noted itself
     os.utime(copied / "train/shard-000001.frames")

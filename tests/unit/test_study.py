@@ -25,9 +25,10 @@ from taehv.errors import UserError
 from taehv.index import build_file_lists
 from taehv.measure import Report
 from taehv.pool import Pool, PoolSize
-from taehv.sections import Config, Data, Parallelism
+from taehv.sections import Config, Data, Parallelism, Teacher
 from taehv.step import StepResult
 from taehv.study import GUIDANCE, Results, Study, Task, diverged, reached
+from taehv.teacher import load_teacher
 from taehv.variants import VARIANTS, Variant
 
 ROOT = Path(__file__).parent.parent.parent
@@ -253,6 +254,24 @@ def test_windows_are_what_the_teacher_takes(
             given = [f"teacher.kind={teacher}"]
             bench(videos, study, tmp_path / "output", set=given, stages=["second"])
     assert "decoding" not in caplog.text
+
+
+def test_a_teacher_of_low_frequencies_keeps_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests/gpu"))
+    settings = Teacher(kind="frequency_teacher:FrequencyTeacher")
+    teacher = load_teacher(settings, torch.device("cpu"))
+    ramp_HW = torch.linspace(0.2, 0.8, 16).expand(16, 16)
+    colors_C11 = torch.tensor([1.0, 0.5, 0.1])[:, None, None]
+    frames_NTCHW = (ramp_HW * colors_C11).expand(1, 5, 3, 16, 16)
+    latents_NTCHW = teacher.encode(frames_NTCHW, [0])
+    assert latents_NTCHW.shape == (1, 2, 16, 2, 2)
+    decoded_NTCHW = teacher.decode(latents_NTCHW)
+    torch.testing.assert_close(decoded_NTCHW, frames_NTCHW, atol=0.02, rtol=0)
+    noise_NTCHW = torch.rand(frames_NTCHW.shape)
+    lost = (teacher.decode(teacher.encode(noise_NTCHW, [0])) - noise_NTCHW).abs()
+    assert lost.mean() > 0.1
 
 
 def test_other_weights_of_a_name_make_another_task(study: Path, tmp_path: Path) -> None:
